@@ -1,0 +1,85 @@
+"""Entry points: `register` for SGLang's plug-in group, `activate_platform` for its platform group.
+
+SGLang logs and swallows exceptions from plug-ins and from hooks, and would go on to serve
+its own Step3p5ForCausalLM. A failure here therefore raises SystemExit, which is not swallowed.
+"""
+
+import os
+import sys
+
+MODEL_PACKAGE = "sglang_step35.model"
+ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p5MTP")
+ATTENTION_BACKEND = "step35_portable"
+PLATFORM_CLASS = "sglang_step35.platform.portable.PortablePlatform"
+
+_registered = False
+
+
+def register() -> None:
+    """Register config class, models, hooks and caches in this process; idempotent.
+
+    Raises SystemExit when anything cannot be registered.
+    """
+    global _registered
+    if _registered:
+        return
+    try:
+        _register()
+    except Exception as error:
+        raise SystemExit(
+            f"sglang-step35 cannot register with SGLang and refuses to let stock code serve "
+            f"Step-3.5 in its place: {type(error).__name__}: {error}. "
+            f"Run `python -m sglang_step35 doctor`, or uninstall sglang-step35."
+        ) from error
+    _registered = True
+
+
+def activate_platform() -> str | None:
+    """Class path of the portable CPU platform, or None on a host with an accelerator.
+
+    SGLANG_PLATFORM=step35 asks for it by name on any host.
+    """
+    import torch
+
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_PLATFORM.get() == "step35":
+        return PLATFORM_CLASS
+    # SGLANG_USE_CPU_ENGINE asks for SGLang's own CPU engine (AMX kernels): not our business.
+    if torch.accelerator.is_available() or os.getenv("SGLANG_USE_CPU_ENGINE") == "1":
+        return None
+    return PLATFORM_CLASS
+
+
+def _register() -> None:
+    from sglang_step35 import hooks, upstream
+    from sglang_step35.hf_config import register_with_sglang
+    from sglang_step35.parsers import register_parsers
+
+    upstream.check_hooked()
+    register_with_sglang()
+    _register_models()
+    register_parsers()
+    hooks.install()
+
+
+def _register_models() -> None:
+    """Make SGLang's model registry resolve the Step-3.5 architectures to our classes.
+
+    The external-package setting is read when the registry module is first imported, and
+    spares every process the import of all stock models.
+    """
+    from sglang.srt.environ import envs
+
+    chosen = envs.SGLANG_EXTERNAL_MODEL_PACKAGE.get()
+    if "sglang.srt.models.registry" in sys.modules:
+        from sglang.srt.models.registry import ModelRegistry
+
+        ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
+    elif chosen in (None, "", MODEL_PACKAGE):
+        envs.SGLANG_EXTERNAL_MODEL_PACKAGE.set(MODEL_PACKAGE)
+    else:
+        raise RuntimeError(
+            f"SGLANG_EXTERNAL_MODEL_PACKAGE={chosen} is set: unset it, "
+            f"sglang-step35 registers its models through that setting"
+        )

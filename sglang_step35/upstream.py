@@ -1,0 +1,226 @@
+"""Every SGLang name we hook, override or call, with the signature we were written against.
+
+SGLang is pinned exactly, so this table is a contract, not a compatibility layer: the
+plug-in checks the entries it hooks before it registers anything, the test suite checks all.
+"""
+
+import importlib.metadata
+import inspect
+import pkgutil
+from dataclasses import dataclass
+
+from sglang_step35 import SGLANG_VERSION
+
+
+class UpstreamError(RuntimeError):
+    """The installed SGLang is not the one this package was written against."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """One upstream name.
+
+    path: dotted path of a module attribute or of a class member.
+    parameters: parameter names in order (a leading * or ** marks variadics); None for
+        names used as they are (classes, registries, instances).
+    hooked: checked at every start, because a missing name would silently leave stock code
+        in place; the others fail by themselves when they are imported.
+    """
+
+    path: str
+    parameters: tuple[str, ...] | None = None
+    hooked: bool = False
+
+
+def _params(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_SRT = "sglang.srt"
+
+TABLE: tuple[Upstream, ...] = (
+    # Registration.
+    Upstream(
+        f"{_SRT}.plugins.hook_registry.HookRegistry.register",
+        _params("target hook hook_type source"),
+        hooked=True,
+    ),
+    Upstream(f"{_SRT}.plugins.hook_registry.HookRegistry.apply_hooks", (), hooked=True),
+    Upstream(f"{_SRT}.environ.envs", hooked=True),
+    Upstream(
+        f"{_SRT}.arg_groups.model_override_base.register_model_override",
+        _params("architecture"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.layers.attention.attention_registry.register_attention_backend",
+        _params("name"),
+    ),
+    # Hooks.
+    Upstream(
+        f"{_SRT}.model_loader.utils.get_model_architecture",
+        _params("model_config"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.configs.model_config.get_hybrid_layer_ids",
+        _params("model_architectures hf_text_config"),
+        hooked=True,
+    ),
+    # Platform.
+    Upstream(f"{_SRT}.platforms.interface.SRTPlatform"),
+    Upstream(f"{_SRT}.platforms.interface.PlatformCapabilities"),
+    Upstream(f"{_SRT}.platforms.cpu.CpuDeviceMixin"),
+    Upstream(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool"),
+    Upstream(
+        f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
+        _params("self"),
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.move_kv_cache",
+        _params("self tgt_loc src_loc"),
+    ),
+    # Prefix cache and its tree.
+    Upstream(
+        f"{_SRT}.mem_cache.radix_cache.RadixKey.__init__",
+        _params("self token_ids extra_key is_bigram limit cache_salt"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.radix_cache.RadixKey.match_at", _params("self other offset page_size")
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+        _params("self req up_to **kwargs"),
+        hooked=True,
+    ),
+    Upstream(f"{_SRT}.mem_cache.unified_cache.unified_tree_core.UnifiedTreeCore"),
+    Upstream(
+        f"{_SRT}.mem_cache.unified_cache.tree_core_registry.select_tree_core_backend",
+        _params("params"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.unified_cache.tree_core_registry.register_tree_core_backend",
+        _params("name factory"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.allocation.assign_req_to_token_pool_func",
+        _params("req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.allocation.get_last_loc",
+        _params("req_to_token req_pool_indices_tensor prefix_lens_tensor"),
+        hooked=True,
+    ),
+    # Speculative worker.
+    Upstream(
+        f"{_SRT}.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+        _params("self server_args"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.speculative.adaptive_spec_params.adaptive_unsupported_reason",
+        _params("server_args"),
+        hooked=True,
+    ),
+    Upstream(f"{_SRT}.speculative.base_spec_worker.BaseSpecWorker"),
+    Upstream(f"{_SRT}.speculative.base_spec_worker.EagleDraftWorkerBase"),
+    Upstream(
+        f"{_SRT}.speculative.eagle_utils.eagle_prepare_for_verify",
+        _params("verify_input req_to_token_pool batch target_worker"),
+    ),
+    Upstream(
+        f"{_SRT}.speculative.spec_utils.build_grammar_vocab_mask",
+        _params("reqs tree sampling_info device barrier"),
+    ),
+    Upstream(
+        f"{_SRT}.speculative.spec_utils.GrammarTree.from_linear_chain", _params("verify_ids_2d")
+    ),
+    Upstream(
+        f"{_SRT}.layers.logprob_processor.compute_spec_logprobs",
+        _params("batch logits_output predict accept_index chain_stride"),
+    ),
+    Upstream(
+        f"{_SRT}.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        _params(
+            "self batch forward_batch pp_proxy_tensors is_verify skip_attn_backend_init "
+            "capture_hidden_mode return_kv_loc_plan"
+        ),
+    ),
+    Upstream(
+        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.init_new",
+        _params(
+            "batch model_runner capture_hidden_mode return_hidden_states_before_norm "
+            "extend_position_info spec_mrope_positions kv_loc_plan write_cols"
+        ),
+    ),
+    Upstream(
+        f"{_SRT}.model_executor.forward_context.forward_context", _params("ctx forward_batch")
+    ),
+    Upstream(f"{_SRT}.managers.utils.GenerationBatchResult"),
+    Upstream(f"{_SRT}.speculative.eagle_info.EagleDraftInput"),
+    Upstream(f"{_SRT}.speculative.eagle_info.EagleVerifyInput"),
+    # Parsers.
+    Upstream(
+        f"{_SRT}.function_call.function_call_parser.FunctionCallParser.ToolCallParserEnum",
+        hooked=True,
+    ),
+    Upstream(f"{_SRT}.parser.reasoning_parser.ReasoningParser.DetectorMap", hooked=True),
+    Upstream(
+        f"{_SRT}.function_call.base_format_detector.BaseFormatDetector.detect_and_parse",
+        _params("self text tools"),
+    ),
+    Upstream(
+        f"{_SRT}.function_call.base_format_detector.BaseFormatDetector.parse_streaming_increment",
+        _params("self new_text tools"),
+    ),
+    Upstream(
+        f"{_SRT}.function_call.base_format_detector.BaseFormatDetector.finish",
+        _params("self tools"),
+    ),
+    Upstream(
+        f"{_SRT}.parser.reasoning_parser.BaseReasoningFormatDetector.parse_streaming_increment",
+        _params("self new_text"),
+    ),
+)
+
+
+def check_version() -> None:
+    """Raise UpstreamError unless the pinned SGLang version is installed."""
+    installed = importlib.metadata.version("sglang")
+    if installed != SGLANG_VERSION:
+        raise UpstreamError(
+            f"sglang-step35 is written against sglang {SGLANG_VERSION}, found {installed}: "
+            f"install sglang=={SGLANG_VERSION} or the sglang-step35 release for {installed}"
+        )
+
+
+def check(entry: Upstream) -> None:
+    """Raise UpstreamError when the entry's name is missing or its parameters differ."""
+    try:
+        target = pkgutil.resolve_name(entry.path)
+    except (ImportError, AttributeError) as error:
+        raise UpstreamError(f"sglang has no {entry.path} ({error})") from error
+    if entry.parameters is None:
+        return
+    found = tuple(_parameter_names(target))
+    if found != entry.parameters:
+        raise UpstreamError(
+            f"{entry.path} takes {found}, sglang-step35 was written against {entry.parameters}"
+        )
+
+
+def check_hooked() -> None:
+    """Check the version and every hooked entry; raises UpstreamError on the first difference."""
+    check_version()
+    for entry in TABLE:
+        if entry.hooked:
+            check(entry)
+
+
+def _parameter_names(target) -> list[str]:
+    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return [marks.get(p.kind, "") + p.name for p in inspect.signature(target).parameters.values()]
