@@ -1,0 +1,91 @@
+"""The transformers-side config class of `model_type: step3p5`, and where it must be registered.
+
+transformers and SGLang both own that model type. transformers' class cuts the per-layer lists and makes
+`num_attention_heads` raise on a plain `hasattr`; SGLang's cannot be saved again. `Step35HFConfig` keeps every field as
+the file has it and checks the file once with `parse_config`. SGLang is imported only inside `register_with_sglang`.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from sglang_step35.config import FULL, SLIDING, ModelSpec, parse_config
+from sglang_step35.config_fields import FIXED_FIELDS, IGNORED_FIELDS, READ_FIELDS
+
+MODEL_TYPE = "step3p5"
+
+
+class Step35HFConfig(PretrainedConfig):
+    """A Step-3.5 config.json as attributes: same names, same values, lists uncut.
+
+    What is kept from transformers: loading, saving, dtype, architectures and the other generic fields. What is
+    replaced: the RoPE rewriting (`rope_theta` and `rope_scaling` stay as they are) and the layer-count validation.
+    The properties below answer what SGLang's ModelConfig asks and the file says under other names.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_key_value_heads": "num_attention_groups"}
+
+    # The base class turns this name into an alias of `rope_parameters`; a plain attribute takes its place.
+    rope_scaling = None
+
+    # Read by transformers and SGLang whether or not the file has them; the published one has no pad_token_id.
+    bos_token_id = None
+    eos_token_id = None
+    pad_token_id = None
+
+    def __init__(self, **fields: Any):
+        """fields: the mapping of config.json; none at all gives an empty config. Raises ConfigError."""
+        if fields:
+            parse_config(fields)
+        own = READ_FIELDS | FIXED_FIELDS.keys() | IGNORED_FIELDS
+        # Given to the base class, these would be normalised, dropped or validated against num_hidden_layers.
+        super().__init__(**{name: value for name, value in fields.items() if name not in own})
+        for name in fields.keys() & own:
+            setattr(self, name, fields[name])
+
+    def spec(self) -> ModelSpec:
+        """The checked view of this config as it stands now, with overrides made after loading."""
+        return parse_config(self)
+
+    def validate(self) -> None:
+        """What transformers calls before saving; its own check wants num_hidden_layers == len(layer_types)."""
+        self.spec()
+
+    @property
+    def num_attention_heads_per_layer(self) -> list[int]:
+        """Query heads of every listed layer: SGLang sizes attention buffers by the largest."""
+        heads = {FULL: self.num_attention_heads, SLIDING: self._sliding("num_attention_heads")}
+        return [heads[layer_type] for layer_type in self.layer_types]
+
+    @property
+    def swa_num_key_value_heads(self) -> int:
+        """Key/value heads of the sliding layers: the shape of SGLang's sliding-window pool."""
+        return self._sliding("num_attention_groups")
+
+    @property
+    def swa_head_dim(self) -> int:
+        """Channels of a sliding layer's head."""
+        return self._sliding("head_dim")
+
+    def _sliding(self, name: str) -> int:
+        other = getattr(self, "attention_other_setting", None) or {}
+        return other.get(name, getattr(self, name))
+
+
+def register_hf_config() -> None:
+    """Make `AutoConfig` build `Step35HFConfig` for `model_type: step3p5`. May be called again."""
+    AutoConfig.register(MODEL_TYPE, Step35HFConfig, exist_ok=True)
+
+
+def register_with_sglang() -> None:
+    """Make SGLang's `get_config` end in `Step35HFConfig`. May be called again.
+
+    SGLang reads the file with AutoConfig first (transformers' class dies there) and then once more with the class its
+    own registry holds for the model type, so both must be ours. The registry is one dict shared by its importers.
+    """
+    from sglang.srt.utils.hf_transformers import common
+
+    register_hf_config()
+    common._CONFIG_REGISTRY[MODEL_TYPE] = Step35HFConfig
