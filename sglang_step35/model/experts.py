@@ -1,0 +1,93 @@
+"""The routed experts in plain torch, for devices without SGLang's fused MoE kernels.
+
+SGLang's own plain-torch path ignores the SwiGLU clamp and visits every expert in a Python loop.
+Letters: T tokens, k chosen experts of a token, E experts of this rank, H hidden size,
+I intermediate size, N = T k rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.platforms import current_platform
+from torch import Tensor
+
+from sglang_step35.model.mlp import swiglu
+
+# What one small matrix product costs in Python and dispatch, in multiplications of a CPU core.
+CALL_COST = 160_000
+
+
+def runs_plain_torch() -> bool:
+    """Whether this platform runs SGLang's layers on their plain-torch paths."""
+    return current_platform.is_out_of_tree() and current_platform.get_dispatch_key_name() == "native"
+
+
+class PlainExperts(UnquantizedFusedMoEMethod):
+    """Unquantised experts. Kept: SGLang's parameters and loading; replaced: the plain-torch path."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        # [E, H, I] in memory order [H, E, I]: `dense_experts` then reads it as [H, E I] in place.
+        layer.w2_weight.data = layer.w2_weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def forward_native(self, layer: torch.nn.Module, dispatch_output) -> StandardCombineInput:
+        x = dispatch_output.hidden_states
+        weights, ids, *_ = dispatch_output.topk_output
+        limit = layer.moe_runner_config.gemm1_clamp_limit
+        out = run_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, limit)
+        return StandardCombineInput(hidden_states=out)
+
+
+def run_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None
+) -> Tensor:
+    """sum_j weights[t, j] * expert ids[t, j] of x[t].
+
+    x: [T, H]. w13: [E, 2 I, H], gate rows before up rows. w2: [E, H, I]. weights: [T, k] float32.
+    ids: [T, k] integer, -1 for experts of other ranks. Returns [T, H] in x's dtype.
+    """
+    run = dense_experts if _dense_is_cheaper(ids, w2) else grouped_experts
+    return run(x, w13, w2, weights, ids, limit)
+
+
+def dense_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None
+) -> Tensor:
+    """`run_experts` with two products: all experts on all tokens, most of them times 0."""
+    experts, rows, _ = w13.shape
+    gate, up = F.linear(x, w13.flatten(0, 1)).view(-1, experts, 2, rows // 2).unbind(2)
+    # Column E collects what is not ours: -1 modulo E + 1 is E.
+    share = weights.new_zeros(len(x), experts + 1).scatter_(1, ids.long() % (experts + 1), weights)
+    hidden = swiglu(gate, up, limit) * share[:, :experts, None]  # [T, E, I]
+    return F.linear(hidden.flatten(1).to(x.dtype), w2.transpose(0, 1).flatten(1))
+
+
+def grouped_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None
+) -> Tensor:
+    """`run_experts` with each chosen expert run once, on its own tokens."""
+    experts, top_k = len(w13), ids.shape[1]
+    owner = ids.flatten() % (experts + 1)
+    order = owner.argsort()
+    counts = owner.bincount(minlength=experts + 1).tolist()[:experts]
+    chosen = [(expert, count) for expert, count in enumerate(counts) if count]
+    order = order[: sum(counts)]
+    if not chosen:
+        return torch.zeros_like(x)
+    used, sizes = zip(*chosen, strict=True)
+    token = order // top_k  # [N]
+    parts = zip(x[token].split(sizes), used, strict=True)
+    gate, up = torch.cat([F.linear(part, w13[expert]) for part, expert in parts]).chunk(2, dim=-1)
+    parts = zip(swiglu(gate, up, limit).split(sizes), used, strict=True)
+    out = torch.cat([F.linear(part, w2[expert]) for part, expert in parts])  # [N, H]
+    out = out * weights.flatten()[order].unsqueeze(-1)
+    return out.new_zeros(x.shape).index_add_(0, token, out).to(x.dtype)
+
+
+def _dense_is_cheaper(ids: Tensor, w2: Tensor) -> bool:
+    """Whether the products `grouped_experts` saves cost less than its calls."""
+    (tokens, top_k), (experts, hidden, size) = ids.shape, w2.shape
+    saved = tokens * max(0, experts - top_k) * 3 * hidden * size
+    calls = 5 + 2 * min(experts, tokens * top_k)
+    return saved < calls * CALL_COST

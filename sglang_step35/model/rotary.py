@@ -1,0 +1,105 @@
+"""Query-key normalisation and rotary embedding, which every layer applies in this order."""
+
+import torch
+from sglang.kernels.fused_op import BaseFusedOp
+from sglang.srt.layers.rotary_embedding import get_rope
+from torch import Tensor, nn
+
+from sglang_step35.config import AttentionSpec
+from sglang_step35.model.norm import RMSNorm, rms_norm
+
+
+class RotaryRows:
+    """cos and sin of the positions of the running forward, looked up once for all layers alike.
+
+    The model calls `start` at the beginning of every forward. Letters: T tokens, D head_dim,
+    r <= D rotated channels.
+    """
+
+    def __init__(self):
+        self.positions: Tensor | None = None
+        self._rows: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def start(self, positions: Tensor) -> None:
+        """positions: [T] int64."""
+        self.positions = positions
+        self._rows.clear()
+
+    def get(self, rope: nn.Module) -> tuple[Tensor, Tensor]:
+        """Factors (own, swapped), each [T, 1, D] float32, of x and of x with its halves swapped."""
+        if rope not in self._rows:
+            self._rows[rope] = self._look_up(rope)
+        return self._rows[rope]
+
+    def _look_up(self, rope: nn.Module) -> tuple[Tensor, Tensor]:
+        rows = rope.cos_sin_cache.index_select(0, self.positions).float()  # [T, r]
+        cos, sin = rows.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, r / 2]
+        rest = cos.new_zeros(*cos.shape[:2], rope.head_size - rope.rotary_dim)
+        return torch.cat((cos, cos, rest + 1), dim=-1), torch.cat((-sin, sin, rest), dim=-1)
+
+
+class QKNormRope(BaseFusedOp):
+    """RMSNorm over each head of q and k, then rotary embedding; v passes through.
+
+    Letters: T tokens, Q query heads and K key/value heads of this rank, D head_dim.
+    """
+
+    def __init__(self, spec: AttentionSpec, heads: int, kv_heads: int, eps: float, rows: RotaryRows):
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.sizes = [heads * spec.head_dim, kv_heads * spec.head_dim, kv_heads * spec.head_dim]
+        self.q_norm = RMSNorm(spec.head_dim, eps)
+        self.k_norm = RMSNorm(spec.head_dim, eps)
+        scaling = spec.rope.scaling
+        self.rope = get_rope(
+            spec.head_dim,
+            rotary_dim=spec.head_dim,
+            max_position=spec.rope.max_position,
+            base=spec.rope.theta,
+            rope_scaling=None if scaling is None else dict(scaling),
+            partial_rotary_factor=spec.rope.partial_factor,
+        )
+        self.rows = rows
+        self._scale: Tensor | None = None
+
+    def _torch_compile_forward(self, num_tokens: int):
+        # The norms and the rotary embedding switch to compilable code themselves.
+        return self.forward_cuda
+
+    def refresh(self) -> None:
+        """Follow a change of the norm weights."""
+        self._scale = None
+
+    def forward_cuda(self, positions: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """positions [T] int64, qkv [T, (Q + 2 K) D] -> q [T, Q D], k [T, K D], v [T, K D]."""
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
+        k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
+        q, k = self.rope(positions, q, k)
+        return q, k, v
+
+    def forward_native(self, positions: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same on q and k at once, in float32; positions are the ones `rows` was started with."""
+        q_size, k_size, v_size = self.sizes
+        qk, v = qkv.split([q_size + k_size, v_size], dim=-1)
+        qk = qk.unflatten(-1, (-1, self.head_dim)).float()  # [T, Q + K, D]
+        qk = rms_norm(qk, self._scales(), self.q_norm.eps_length)
+        own, swapped = self.rows.get(self.rope)
+        qk = torch.addcmul(qk * own, self._swap_halves(qk), swapped)
+        q, k = qk.to(qkv.dtype).flatten(1).split([q_size, k_size], dim=-1)
+        return q, k, v
+
+    def _scales(self) -> Tensor:
+        """[Q + K, D] float32: the scale of q_norm for each query head, of k_norm for each key head."""
+        if self._scale is None:
+            q_size, k_size, _ = self.sizes
+            q = self.q_norm.scale.expand(q_size // self.head_dim, -1)
+            self._scale = torch.cat((q, self.k_norm.scale.expand(k_size // self.head_dim, -1)))
+        return self._scale
+
+    def _swap_halves(self, x: Tensor) -> Tensor:
+        """[..., D]: the halves of the first r channels swapped, the rest in place."""
+        half = self.rope.rotary_dim // 2
+        if 2 * half == self.head_dim:
+            return x.roll(half, dims=-1)
+        return torch.cat((x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]), dim=-1)

@@ -1,0 +1,108 @@
+"""The model without a server: SGLang's runtime for one rank, its loader, and plain attention over whole sequences.
+
+Letters: T tokens, H hidden size, V vocabulary.
+"""
+
+from pathlib import Path
+
+import torch
+from sglang.srt.configs.device_config import DeviceConfig
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import bootstrap
+from sglang.srt.layers.moe import initialize_moe_config
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.model_loader.loader import get_model_loader
+from sglang.srt.plugins import load_plugins
+from sglang.srt.runtime_context import SpawnRanks, publish, publish_role, spawn_world_rank
+from sglang.srt.server_args import PortArgs, ServerArgs
+from torch import Tensor, nn
+
+
+def start_runtime(directory: Path, port: int | None = None, place: dict | None = None, **settings) -> None:
+    """SGLang's process-wide state, from the first checkpoint a process sees.
+
+    place: tp_rank and pp_rank of this process. settings: further server arguments.
+    """
+    load_plugins()
+    args = ServerArgs(model_path=str(directory), device="cpu", dtype="float32", skip_tokenizer_init=True, **settings)
+    args.resolve_once()
+    world_rank = spawn_world_rank(args, **(place or dict(tp_rank=0, pp_rank=0)))
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=0))
+    initialize_moe_config()
+    port = port or PortArgs.init_new(args).nccl_port
+    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=port)
+    bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(args))
+
+
+def load(directory: Path, draft: bool = False, dtype: str = "float32") -> nn.Module:
+    """Build and load the backbone, or the MTP layers, with SGLang's default loader."""
+    if publish_role() is None:
+        start_runtime(directory)
+    config = ModelConfig(str(directory), is_draft_model=draft, dtype=dtype)
+    loader = get_model_loader(LoadConfig(), config)
+    return loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
+
+
+class WholeSequence:
+    """An attention backend for one request whose tokens are all in the batch."""
+
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_unused) -> Tensor:
+        tokens, dim = len(q), layer.head_dim
+        q, k, v = (x.view(tokens, -1, dim).transpose(0, 1) for x in (q, k, v))
+        groups = len(q) // len(k)
+        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+        seen = distance >= 0
+        if layer.sliding_window_size >= 0:
+            seen &= distance <= layer.sliding_window_size
+        scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) * layer.scaling
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1)
+
+
+def batch_of(ids: list[int], capture: CaptureHiddenMode = CaptureHiddenMode.FULL) -> ForwardBatch:
+    """One request, prefilled at once."""
+    count = torch.tensor([len(ids)])
+    tokens = torch.tensor(ids)
+    return ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=tokens,
+        req_pool_indices=torch.tensor([0]),
+        seq_lens=count,
+        out_cache_loc=torch.arange(len(ids)),
+        seq_lens_sum=len(ids),
+        positions=torch.arange(len(ids)),
+        extend_seq_lens=count,
+        extend_seq_lens_cpu=[len(ids)],
+        capture_hidden_mode=capture,
+    )
+
+
+@torch.inference_mode()
+def run(model: nn.Module, ids: list[int]):
+    """SGLang's LogitsProcessorOutput of one prefill, hidden states of all tokens captured."""
+    batch = batch_of(ids)
+    with forward_context(ForwardContext(attn_backend=WholeSequence()), forward_batch=batch):
+        return model(batch.input_ids, batch.positions, batch)
+
+
+@torch.inference_mode()
+def all_logits(model: nn.Module, ids: list[int]) -> Tensor:
+    """Logits [T, V] of every position of the backbone."""
+    states = run(model, ids).hidden_states
+    return model.model.norm(states) @ model.lm_head.weight[: model.spec.vocab_size].T
+
+
+@torch.inference_mode()
+def mtp_logits(model: nn.Module, hidden: Tensor, ids: list[int]) -> list[Tensor]:
+    """Teacher-forced logits of every MTP layer; layer i has len(ids) - 1 - i rows."""
+    logits = []
+    for depth in range(model.num_mtp_layers):
+        hidden = hidden[: len(ids) - 1 - depth]
+        batch = batch_of(ids[depth + 1 :])
+        with forward_context(ForwardContext(attn_backend=WholeSequence()), forward_batch=batch):
+            hidden = model.forward_layer(depth, batch.input_ids, batch.positions, hidden, batch)
+            logits.append(model.compute_logits(depth, hidden))
+    return logits
