@@ -1,0 +1,1 @@
+"""The portable CPU platform: capabilities, pools and defaults for SGLang without accelerators."""

@@ -1,0 +1,56 @@
+"""SGLang platform for `--device cpu` with plain torch: no CUDA, Triton, AMX or sgl-kernel."""
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_step35.plugin import ATTENTION_BACKEND
+
+
+class PortablePlatform(CpuDeviceMixin, SRTPlatform):
+    """Out-of-tree CPU platform; kept: SGLang's CPU device operations, replaced: kernel choices.
+
+    Out-of-tree because SGLang's in-tree CPU platform imports operators that the published
+    sgl-kernel wheel does not contain.
+    """
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    supported_quantization: list[str] = []
+    capabilities = PlatformCapabilities()
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        if kind != "mha":
+            return None
+        from sglang_step35.platform.kv_pool import PortableMHATokenToKVPool
+
+        return PortableMHATokenToKVPool
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        """Defaults that a user's own flag overrides.
+
+        SGLang's own CPU default comes first and stands where the user named no backend.
+        """
+        own_default = "torch_native" if self.cpu_arch == CpuArchEnum.ARM else "intel_amx"
+        if server_args.attention_backend in (None, own_default):
+            server_args.attention_backend = ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "EAGLE"
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        from sglang_step35.speculative.worker import Step35SpecWorker
+
+        return Step35SpecWorker
+
+    def get_speculative_cache_locs_fn(self):
+        from sglang_step35.speculative.rows import extend_cache_locs
+
+        return extend_cache_locs
