@@ -1,0 +1,1 @@
+"""Prefix cache whose keys look as far ahead as the MTP layers do."""

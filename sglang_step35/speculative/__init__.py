@@ -1,0 +1,1 @@
+"""The MTP speculative worker: exact draft KV, lossless verification, adaptive depth."""

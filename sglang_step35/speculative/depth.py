@@ -1,0 +1,118 @@
+"""Which MTP layers run in a round, and how far each request's layers lag behind.
+
+A layer that did not run in a round has no KV for the positions committed since. When it runs again
+the pass starts that much earlier; the rings hold the hidden states it needs.
+"""
+
+import time
+from collections import deque
+
+import numpy as np
+
+from sglang_step35.speculative.adaptive import AdaptiveSettings, Calibration, DepthController
+from sglang_step35.speculative.settings import MTPSettings
+
+
+class LayerLag:
+    """Host-side bound, per request-pool row and layer, of positions committed since it last ran."""
+
+    def __init__(self, pool_rows: int, num_layers: int, capacity: int):
+        self.capacity = capacity
+        self.behind = np.zeros((pool_rows, num_layers), dtype=np.int64)
+
+    @property
+    def num_layers(self) -> int:
+        return self.behind.shape[1]
+
+    def of(self, row: int) -> int:
+        """Positions by which the row's slowest layer lags."""
+        return int(self.behind[row].max())
+
+    def begin(self, rows: list[int]) -> None:
+        """A prefill ran every layer for these rows."""
+        self.behind[rows] = 0
+
+    def rows_needed(self, rows: list[int], width: int, depth: int) -> int:
+        """Rows of a pass of the first `depth` layers after a verify of `width` tokens.
+
+        Layer i recomputes its i last rows as well, see `state`.
+        """
+        reach = self.behind[rows, :depth] + np.arange(depth)
+        return width + int(reach.max(initial=0))
+
+    def note(self, rows: list[int], width: int, depth: int) -> None:
+        """The first `depth` layers ran after a verify of `width` tokens."""
+        self.behind[rows, depth:] += width
+        self.behind[rows, :depth] = 0
+
+    def must_catch_up(self, rows: list[int], width: int, widest: int) -> bool:
+        """Whether skipping a layer now could outrun the rings before the next round."""
+        slowest = int(self.behind[rows].max(initial=0))
+        return slowest + self.num_layers + width + widest >= self.capacity
+
+
+class DepthPlanner:
+    """Adaptive depth for the worker: one controller per power of two of batch sizes.
+
+    Without `settings.adaptive` every round drafts num_steps tokens.
+    """
+
+    def __init__(self, settings: MTPSettings, clock=time.perf_counter):
+        self.settings = settings
+        self._clock = clock
+        self._controllers: dict[int, DepthController] = {}
+        self.calibration = Calibration()
+        self._pending: deque[tuple[int, list[int], list[list[float]]]] = deque()
+        self._last: tuple[float, tuple, int] | None = None
+
+    def begin_round(
+        self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]] = ()
+    ) -> None:
+        """Note the start of a round that verifies offered[b] drafts of each request.
+
+        confidences[b]: the layers' probabilities of those drafts; empty where only the device
+        knows them.
+
+        The time from one round's start to the next, for an unchanged batch, is what a round costs,
+        scheduling included.
+        """
+        if not self.settings.adaptive:
+            return
+        now, depth = self._clock(), max(offered, default=0)
+        if self._last is not None and self._last[1] == rids and self._last[2] == depth:
+            self._controller(len(rids)).observe_round(depth, now - self._last[0])
+        self._last = (now, rids, depth)
+        self._pending.append((len(rids), offered, confidences))
+
+    def observe(self, accepted: list[int]) -> None:
+        """Accepted drafts of each request of the oldest round not yet reported."""
+        if not self._pending:
+            return
+        size, offered, confidences = self._pending.popleft()
+        for count, hits, chances in zip(offered, accepted, confidences, strict=False):
+            for i in range(min(count, hits + 1)):
+                self.calibration.observe(chances[i], hits > i)
+        depths = range(self.settings.num_steps)
+        pairs = list(zip(offered, accepted, strict=False))
+        tries = [sum(o > i and a >= i for o, a in pairs) for i in depths]
+        hits = [sum(o > i and a > i for o, a in pairs) for i in depths]
+        self._controller(size).observe_acceptance(tries, hits)
+
+    def next_depth(self, batch_size: int) -> int:
+        """Drafts of the next round."""
+        if not self.settings.adaptive:
+            return self.settings.num_steps
+        return self._controller(batch_size).next_depth()
+
+    def thresholds(self, batch_size: int) -> list[float]:
+        """Per layer after the first: the chance of being reached below which it does not pay."""
+        if not self.settings.adaptive:
+            return [0.0] * self.settings.num_steps
+        return self._controller(batch_size).thresholds()
+
+    def _controller(self, batch_size: int) -> DepthController:
+        bucket = max(1, batch_size).bit_length()
+        if bucket not in self._controllers:
+            settings = AdaptiveSettings(max_depth=self.settings.num_steps)
+            self._controllers[bucket] = DepthController(settings)
+        return self._controllers[bucket]

@@ -1,0 +1,111 @@
+"""The operations of the worker that differ between the portable platform and CUDA."""
+
+import torch
+from sglang.srt.platforms import current_platform
+from sglang.srt.speculative.eagle_info import EagleVerifyInput
+from torch import Tensor
+
+from sglang_step35.speculative.acceptance import NO_DRAFT
+from sglang_step35.speculative.rows import MTPRows
+
+
+def attach_draft_attention(runner) -> None:
+    """Give the draft runner the attention backend of its draft-extend passes.
+
+    The portable backend serves every mode; on CUDA each backend has a draft-extend variant.
+    """
+    if current_platform.is_out_of_tree():
+        return
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    steps = runner.model.num_mtp_layers
+    factory = DraftBackendFactory(runner, 1, steps, qsa_profile=None)
+    runner.attn_backend = factory.create_draft_extend_backend() or runner.attn_backend
+
+
+def plan_draft_attention(runner, forward_batch, rows: MTPRows) -> None:
+    """Plan attention once for all MTP layers of a pass."""
+    backend = runner.attn_backend
+    if hasattr(backend, "plan_rows"):
+        backend.plan_rows(
+            forward_batch.req_pool_indices, rows.row_counts, rows.ends, forward_batch.out_cache_loc
+        )
+    else:
+        backend.init_forward_metadata(forward_batch)
+
+
+def stops_drafting(chooser) -> bool:
+    """Whether to end a draft pass early; on CUDA asking would wait for the device."""
+    return not chooser.drafts[-1].is_cuda and chooser.done
+
+
+def drafted_counts(drafts: Tensor) -> list[int]:
+    """Drafts of each request, from [B, S] int64 with NO_DRAFT where there is none.
+
+    On CUDA the window keeps its full width, which the captured graphs need.
+    """
+    if drafts.is_cuda:
+        return [drafts.shape[1]] * len(drafts)
+    return (drafts != NO_DRAFT).sum(1).tolist()
+
+
+def host_confidences(confidences: Tensor) -> list[list[float]]:
+    """[B, S] on the host where reading them does not wait for the device, else nothing."""
+    return [] if confidences.is_cuda else confidences.tolist()
+
+
+def chain_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:
+    """SGLang's verify input for a chain of tokens.
+
+    chain: [B, n] int64, the bonus token and n - 1 drafts (any valid id where none was drafted).
+    """
+    if current_platform.is_out_of_tree():
+        return _portable_verify_input(batch, chain)
+    return _cuda_verify_input(batch, target_worker, chain)
+
+
+def _portable_verify_input(batch, chain: Tensor) -> EagleVerifyInput:
+    """A chain needs no tree: attention is causal over the window, so no mask is built."""
+    width = chain.shape[1]
+    positions = batch.seq_lens[:, None] + torch.arange(width, device=chain.device)
+    return EagleVerifyInput(
+        draft_token=chain.flatten(),
+        custom_mask=None,
+        positions=positions.flatten(),
+        retrieve_index=None,
+        retrieve_next_token=None,
+        retrieve_next_sibling=None,
+        retrieve_cum_len=None,
+        spec_steps=width - 1,
+        topk=1,
+        draft_token_num=width,
+        capture_hidden_mode=None,
+        seq_lens_sum=None,
+        seq_lens_cpu=None,
+    )
+
+
+def _cuda_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:
+    """SGLang's CUDA kernels build the mask its attention backends read."""
+    from sglang.srt.speculative.eagle_info import EagleDraftInput
+    from sglang.srt.speculative.eagle_utils import default_tree_mask_mode
+    from sglang.srt.speculative.eagle_worker_common import build_eagle_verify_input
+
+    size, width = chain.shape
+    steps = width - 1
+    parents = torch.arange(-1, steps - 1, device=chain.device).repeat(size, 1)
+    order = torch.arange(steps, device=chain.device).repeat(size, 1)
+    return build_eagle_verify_input(
+        batch,
+        EagleDraftInput(bonus_tokens=chain[:, 0]),
+        parents if steps > 1 else parents[:, :0],
+        order,
+        chain[:, 1:].contiguous(),
+        None,
+        target_worker=target_worker,
+        topk=1,
+        num_steps=steps,
+        num_draft_tokens=width,
+        tree_mask_mode=default_tree_mask_mode(),
+        device=chain.device,
+    )

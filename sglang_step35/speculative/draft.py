@@ -1,0 +1,142 @@
+"""The draft side: one runner holding every MTP layer, and the chain that runs them.
+
+Stock multi-layer EAGLE builds one model runner, one KV pool and one forward batch per MTP layer.
+Here the layers are one model with one pool of S layers: a pass plans its attention once, and the
+weights are read once.
+"""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from sglang.srt.configs.draft_parallel import DraftParallelSpec, DraftTPExecution
+from sglang.srt.layers.moe.utils import draft_model_build_scope, speculative_moe_backend_context
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+)
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.speculative.base_spec_worker import EagleDraftWorkerBase
+from sglang.srt.speculative.draft_parallel import resolve_draft_parallel_layout
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
+from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+from torch import Tensor
+
+from sglang_step35.speculative.device import (
+    attach_draft_attention,
+    plan_draft_attention,
+    stops_drafting,
+)
+from sglang_step35.speculative.rows import MTPRows
+
+
+class MTPDraftWorker(EagleDraftWorkerBase):
+    """Owner of the MTP layers' runner; kept: SGLang's model loading and pools, replaced: drafting.
+
+    Letters: B requests, R rows, H hidden size, V vocabulary, S MTP layers.
+    """
+
+    def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker: TpModelWorker):
+        super().__init__()
+        # The draft keeps the target's tensor-parallel layout.
+        self.parallel_layout = resolve_draft_parallel_layout(
+            DraftParallelSpec(tp_execution=DraftTPExecution.TARGET_LAYOUT)
+        )
+        with self._draft_scope(), draft_model_build_scope():
+            self.draft_worker = TpModelWorker(
+                server_args=server_args,
+                gpu_id=gpu_id,
+                nccl_port=nccl_port,
+                is_draft_worker=True,
+                # The draft runs at absolute target positions.
+                context_length=target_worker.model_runner.model_config.context_len,
+            )
+        self.draft_runner = self.draft_worker.model_runner
+        self.model = self.draft_runner.model
+        # Before the KV pools are sized: heads that differ from the backbone's take memory here.
+        self.model.share_with(target_worker.model_runner.model)
+
+    def alloc_memory_pool(self, **pools) -> None:
+        """Allocate the S-layer draft KV pool over the target's slots."""
+        self.draft_worker.alloc_memory_pool(**pools)
+
+    def init_attention_backends(self) -> None:
+        with self._draft_scope():
+            self.draft_worker.init_attention_backends()
+            attach_draft_attention(self.draft_runner)
+
+    def _capture_cuda_graphs(self) -> None:
+        """The MTP pass runs eagerly; the target's verify step keeps its graphs."""
+
+    def draft(self) -> None:
+        """Unused: drafts come out of the pass that extends the MTP layers' KV."""
+
+    def draft_extend(self) -> None:
+        """Unused, see `run`."""
+
+    @torch.inference_mode()
+    def run(self, batch, rows: MTPRows, hidden: Tensor, depth: int, chooser) -> int:
+        """Run the first `depth` MTP layers over `rows`: write their KV and choose their drafts.
+
+        hidden: [R, H], the backbone's hidden states before the final norm. chooser: called with
+        (layer, logits [B, V]), returns the layer's drafts [B] int64.
+        Returns the number of layers that ran: fewer when no request drafts on.
+        """
+        forward_batch = self._forward_batch(batch, rows, hidden)
+        with self._draft_scope(), self._forward_scope(forward_batch):
+            plan_draft_attention(self.draft_runner, forward_batch, rows)
+            for layer in range(depth):
+                tokens = rows.line[rows.base + layer]
+                hidden = self.model.forward_layer(
+                    layer, tokens, rows.positions, hidden, forward_batch
+                )
+                logits = self.model.compute_logits(layer, hidden[rows.last])
+                rows.line[rows.draft_at + layer] = chooser(layer, logits)
+                if stops_drafting(chooser):
+                    return layer + 1
+        return depth
+
+    def _forward_batch(self, batch, rows: MTPRows, hidden: Tensor) -> ForwardBatch:
+        """SGLang's description of the pass; mutates `batch`, which the scheduler rolls back."""
+        batch.spec_info = EagleDraftExtendInput(
+            hidden_states=hidden,
+            positions=rows.positions,
+            num_tokens_per_req=max(rows.row_counts),
+            num_tokens_for_logprob_per_req=1,
+        )
+        if batch.forward_mode.is_target_verify():
+            batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
+        batch.input_ids = rows.line[rows.base]
+        batch.out_cache_loc = rows.slots
+        batch.extend_lens = rows.row_counts
+        batch.prefix_lens = _prefix_lens(rows)
+        batch.extend_num_tokens = len(rows.positions)
+        batch.seq_lens_cpu = torch.tensor(rows.ends, dtype=torch.int64)
+        batch.seq_lens = batch.seq_lens_cpu.to(hidden.device)
+        batch.seq_lens_sum = sum(rows.ends)
+        return ForwardBatch.init_new(
+            batch,
+            self.draft_runner,
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            return_hidden_states_before_norm=True,
+        )
+
+    @contextmanager
+    def _draft_scope(self):
+        with ExitStack() as stack:
+            stack.enter_context(draft_tp_context(self.parallel_layout))
+            stack.enter_context(draft_pp_context())
+            stack.enter_context(speculative_moe_backend_context())
+            yield
+
+    def _forward_scope(self, forward_batch: ForwardBatch):
+        return forward_context(
+            ForwardContext(attn_backend=self.draft_runner.attn_backend),
+            forward_batch=forward_batch,
+        )
+
+
+def _prefix_lens(rows: MTPRows) -> list[int]:
+    """Positions before each request's first row; a window may reach before position 0."""
+    return [max(0, end - n) for end, n in zip(rows.ends, rows.row_counts, strict=True)]

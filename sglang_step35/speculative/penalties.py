@@ -1,0 +1,83 @@
+"""Penalties inside a verify window, exactly as plain decoding would apply them.
+
+SGLang's speculative path counts only the last token of every accepted run and applies the same
+penalty to the whole window. Here row j of a window is penalised for all output so far and for the
+j drafts before it.
+
+Letters: B requests, N rows per request, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PenaltyRule:
+    """One request's penalties (OpenAI's frequency and presence, CTRL's repetition penalty)."""
+
+    frequency: float
+    presence: float
+    repetition: float
+
+    @classmethod
+    def from_request(cls, req) -> "PenaltyRule | None":
+        """None for a request without penalties."""
+        params = req.sampling_params
+        rule = cls(params.frequency_penalty, params.presence_penalty, params.repetition_penalty)
+        return None if rule == cls(0.0, 0.0, 1.0) else rule
+
+
+def penalise(logits: Tensor, counts: Tensor, drafts: Tensor, rule: PenaltyRule) -> Tensor:
+    """Penalised logits of one request's window.
+
+    logits: [N, V]. counts: [V], occurrences in the output before the window's second token.
+    drafts: [N - 1] int64, the chain after the window's first token (clamped to valid ids).
+    """
+    added = torch.zeros_like(logits)
+    rows = torch.arange(1, len(logits), device=logits.device)
+    added[rows, drafts] = 1.0
+    seen = counts + added.cumsum(0)
+    present = seen > 0
+    logits = logits - rule.frequency * seen - rule.presence * present
+    scaled = torch.where(logits < 0, logits * rule.repetition, logits / rule.repetition)
+    return torch.where(present, scaled, logits)
+
+
+class OutputCounts:
+    """Token counts of the output of every penalised request, kept on the device.
+
+    Keyed by request-pool row. The scheduler's own record lags one round behind under overlap
+    scheduling, so the worker counts what it accepts.
+    """
+
+    def __init__(self, vocab_size: int, device):
+        self.vocab_size = vocab_size
+        self.device = device
+        self._counts: dict[int, tuple[str, Tensor]] = {}
+
+    def begin(self, row: int, req) -> None:
+        """(Re)count a request at its prefill; later rounds add to it."""
+        counts = torch.zeros(self.vocab_size, device=self.device)
+        if req.output_ids:
+            output = torch.tensor(list(req.output_ids), device=self.device)
+            counts.index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+        self._counts[row] = (req.rid, counts)
+
+    def of(self, row: int, req) -> Tensor:
+        """Counts [V] of the request that holds this row."""
+        rid, counts = self._counts.get(row, (None, None))
+        if rid != req.rid:
+            self.begin(row, req)
+            counts = self._counts[row][1]
+        return counts
+
+    def add(self, row: int, req, tokens: Tensor, valid: Tensor) -> None:
+        """Count tokens [N] where valid [N]."""
+        self.of(row, req).index_add_(0, tokens, valid.to(torch.float32))
+
+    def forget_except(self, rows: set[int]) -> None:
+        """Drop the counts of rows that no longer belong to a penalised request."""
+        for row in [row for row in self._counts if row not in rows]:
+            del self._counts[row]

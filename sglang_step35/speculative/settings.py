@@ -1,0 +1,63 @@
+"""The speculative settings this worker serves, checked once at start."""
+
+from dataclasses import dataclass
+
+
+class SpeculativeSettingsError(ValueError):
+    """A server flag asks for something multi-token prediction with MTP layers cannot do."""
+
+
+@dataclass(frozen=True)
+class MTPSettings:
+    """num_steps: drafts per round (`--speculative-num-steps`), one MTP layer each.
+
+    adaptive: let measured acceptance and cost choose 0 .. num_steps drafts per round
+    (`--speculative-adaptive`).
+    """
+
+    num_steps: int
+    adaptive: bool = False
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Verify width: the drafts and the token before them."""
+        return self.num_steps + 1
+
+
+def check_settings(
+    *, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int
+) -> None:
+    """Raise SpeculativeSettingsError naming the flag that cannot work."""
+    if num_mtp_layers < 1:
+        raise SpeculativeSettingsError(
+            "this checkpoint has no MTP layers (num_nextn_predict_layers is 0): "
+            "remove --speculative-algorithm"
+        )
+    if topk != 1:
+        raise SpeculativeSettingsError(
+            f"--speculative-eagle-topk {topk}: MTP layers draft one chain, use 1"
+        )
+    if not 1 <= num_steps <= num_mtp_layers:
+        raise SpeculativeSettingsError(
+            f"--speculative-num-steps {num_steps}: this checkpoint has {num_mtp_layers} MTP "
+            f"layers (num_nextn_predict_layers), use 1 to {num_mtp_layers}"
+        )
+    if num_draft_tokens != num_steps + 1:
+        raise SpeculativeSettingsError(
+            f"--speculative-num-draft-tokens {num_draft_tokens}: must be "
+            f"--speculative-num-steps + 1 = {num_steps + 1}"
+        )
+
+
+def check_attention_backends(names: tuple[str | None, ...], window: int | None) -> None:
+    """Refuse backends whose verify pass reads the wrong keys of a sliding layer.
+
+    SGLang 0.5.23's FlashInfer backend plans a verify window from a request's first keys instead
+    of its last (tests/test_flashinfer_window.py shows it).
+    """
+    if window and "flashinfer" in names:
+        raise SpeculativeSettingsError(
+            "--attention-backend flashinfer reads wrong keys when it verifies drafts in "
+            "sliding-window layers: use fa3 (Hopper), fa4 (Blackwell) or triton, or serve "
+            "without --speculative-algorithm"
+        )

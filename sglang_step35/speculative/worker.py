@@ -1,0 +1,244 @@
+"""The speculative worker SGLang's scheduler drives: verify a chain, then draft the next one.
+
+A round of a request with m committed positions and the bonus token x_m:
+1. verify: the target runs the chain (x_m, drafts) at positions m .. m + N - 1; some prefix of it is
+   accepted and the target adds one token, so the request has m' = m + accept_len positions;
+2. draft: MTP layer i recomputes rows m - i .. m' - 1 with the true tokens, which makes its KV equal
+   a full recompute, and drafts x_{m' + 1 + i} from row m' - 1.
+"""
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.runtime_context import attention_backends, get_spec
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from torch import Tensor
+
+from sglang_step35.speculative.choose import DraftChooser
+from sglang_step35.speculative.depth import DepthPlanner, LayerLag
+from sglang_step35.speculative.device import drafted_counts, host_confidences
+from sglang_step35.speculative.draft import MTPDraftWorker
+from sglang_step35.speculative.penalties import OutputCounts, PenaltyRule
+from sglang_step35.speculative.prefill import PrefillPass
+from sglang_step35.speculative.rows import MTPRows, window_rows
+from sglang_step35.speculative.settings import (
+    MTPSettings,
+    check_attention_backends,
+    check_settings,
+)
+from sglang_step35.speculative.state import Proposals, RequestRings
+from sglang_step35.speculative.verify import TargetVerifier
+
+# Positions kept per request: a verify window and the rows recomputed with it, or, where rounds
+# may skip layers, as many rounds as skip before the layers must catch up.
+_FIXED_CAPACITY, _ADAPTIVE_CAPACITY = 16, 64
+
+
+class Step35SpecWorker(BaseSpecWorker):
+    """Kept: SGLang's scheduler contract, pools and target worker; replaced: the whole round.
+
+    Letters: B requests, N verify width, S drafts per round, H hidden size, V vocabulary.
+    """
+
+    def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker):
+        super().__init__()
+        spec = get_spec()
+        self._target_worker = target_worker
+        self.settings = MTPSettings(
+            num_steps=spec.speculative_num_steps,
+            adaptive=spec.speculative_adaptive,
+        )
+        check_settings(
+            num_steps=spec.speculative_num_steps,
+            topk=spec.speculative_eagle_topk,
+            num_draft_tokens=spec.speculative_num_draft_tokens,
+            num_mtp_layers=target_worker.model_config.num_nextn_predict_layers or 0,
+        )
+        self.capacity = _ADAPTIVE_CAPACITY if self.settings.adaptive else _FIXED_CAPACITY
+        check_attention_backends(attention_backends(), target_worker.sliding_window_size)
+        # The scheduler tops up every request's KV slots from this before each round.
+        EagleDraftInput.ALLOC_LEN_PER_DECODE = self.settings.num_draft_tokens
+        self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
+
+    @property
+    def last_shared_read_runner(self):
+        return self._draft_worker.draft_runner
+
+    @property
+    def spec_v2_attn_backends(self) -> tuple:
+        runners = (self._target_worker.model_runner, self._draft_worker.draft_runner)
+        return tuple(runner.attn_backend for runner in runners)
+
+    @property
+    def draft_swa_window(self) -> int:
+        """Earlier positions the MTP rows before the committed length still read."""
+        window = self._target_worker.model_runner.sliding_window_size
+        return window + self.capacity if window else 0
+
+    def alloc_memory_pool(
+        self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None
+    ):
+        super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
+        runner = self._target_worker.model_runner
+        config = runner.model_config
+        pool_rows = req_to_token_pool.req_to_token.shape[0]
+        self.lag = LayerLag(pool_rows, self.settings.num_steps, self.capacity)
+        self.depths = DepthPlanner(self.settings)
+        self.rings = RequestRings(
+            pool_rows=pool_rows,
+            capacity=self.capacity,
+            hidden_size=config.hidden_size,
+            dtype=runner.dtype,
+            device=runner.device,
+        )
+        vocab_size = config.vocab_size
+        self.proposals = Proposals(pool_rows, self.settings.num_steps, vocab_size, runner.device)
+        self.counts = OutputCounts(vocab_size, runner.device)
+        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.counts)
+
+    def forward_batch_generation(
+        self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None
+    ):
+        """One scheduler step: a prefill (chunk) or one round of verify and draft."""
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._prefill(batch, on_publish, pp_proxy_tensors)
+        return self._round(batch, on_publish, grammar_barrier)
+
+    def _prefill(self, batch, on_publish, pp_proxy_tensors):
+        result = self._target_worker.forward_batch_generation(
+            batch, pp_proxy_tensors=pp_proxy_tensors, capture_hidden_mode=CaptureHiddenMode.FULL
+        )
+        result.new_seq_lens = batch.seq_lens
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        self._count_first_tokens(batch, result.next_token_ids)
+        steps = self.settings.num_steps
+        prefill = PrefillPass(batch, self.rings, self.lag, self.req_to_token_pool)
+        rows = prefill.rows(result.next_token_ids)
+        hidden = prefill.hidden(result.logits_output.hidden_states)
+        prefill.remember(rows, hidden)
+        chooser = self._chooser(batch, batch.seq_lens, thresholds=[0.0] * steps)
+        self._draft_worker.run(batch, rows, hidden, steps, chooser)
+        self.proposals.put(prefill.pool_indices, chooser.proposals)
+        result.next_draft_input = chooser.draft_input(result.next_token_ids)
+        return result
+
+    def _round(self, batch, on_publish, grammar_barrier):
+        draft_input = batch.spec_info or self._idle_input()
+        offered = drafted_counts(draft_input.topk_index)
+        rids = tuple(req.rid for req in batch.reqs)
+        self.depths.begin_round(rids, offered, host_confidences(draft_input.topk_p))
+        width = 1 + max(offered, default=self.settings.num_steps)
+        bonus = draft_input.bonus_tokens.long()
+        chain = torch.cat([bonus[:, None], draft_input.topk_index], dim=1)[:, :width]
+        proposal = self.proposals.get(batch.req_pool_indices, width - 1)
+        seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
+        outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
+        if on_publish is not None:
+            on_publish(outcome.result.new_seq_lens)
+        self._remember_round(batch.req_pool_indices, seq_lens, outcome)
+        self._count_accepted(batch, outcome)
+        chooser = self._draft(batch, seq_lens, seq_lens_cpu, outcome)
+        last = (outcome.accept_lens - 1)[:, None]
+        bonus = outcome.tokens.gather(1, last).squeeze(1)
+        outcome.result.next_draft_input = chooser.draft_input(bonus)
+        return outcome.result
+
+    def _draft(self, batch, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome) -> DraftChooser:
+        """Bring the MTP layers up to the committed length and draft the next chain."""
+        steps, width = self.settings.num_steps, outcome.tokens.shape[1]
+        pool_rows = [req.kv.req_pool_idx for req in batch.reqs]
+        depth = self.depths.next_depth(len(pool_rows))
+        thresholds = self.depths.thresholds(len(pool_rows))
+        if self.lag.must_catch_up(pool_rows, width, steps + 1):
+            depth, thresholds = steps, [0.0] * steps
+        chooser = self._chooser(batch, outcome.result.new_seq_lens, thresholds)
+        ran = 0
+        if depth:
+            num_rows = self.lag.rows_needed(pool_rows, width, depth)
+            rows, hidden = self._window(
+                batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows
+            )
+            ran = self._draft_worker.run(batch, rows, hidden, depth, chooser)
+        self.lag.note(pool_rows, width, ran)
+        self.proposals.put(batch.req_pool_indices, chooser.proposals)
+        return chooser
+
+    def _window(
+        self, pool_rows: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome, num_rows: int
+    ) -> tuple[MTPRows, Tensor]:
+        """Rows of the MTP pass that ends with the verify window, and their hidden states."""
+        width = outcome.tokens.shape[1]
+        start = seq_lens + width - num_rows
+        rows = window_rows(
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens_cpu,
+            accept_lens=outcome.accept_lens,
+            width=num_rows,
+            verify_width=width,
+            first_row=self.rings.first_row[pool_rows],
+            req_to_token=self.req_to_token_pool.req_to_token,
+            req_pool_indices=pool_rows,
+            tokens=self.rings.token_window(
+                pool_rows, start + 1, num_rows + self.settings.num_steps
+            ),
+        )
+        return rows, self.rings.window(pool_rows, start, num_rows).flatten(0, 1)
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req, batch_size: int = 0) -> None:
+        """SGLang's report of a round's accepted drafts per request, on the host."""
+        self.depths.observe(num_correct_drafts_per_req)
+
+    def _remember_round(self, pool_rows: Tensor, seq_lens: Tensor, outcome) -> None:
+        """Put the window's hidden states and tokens into the rings.
+
+        Entries past the accepted ones are garbage that the next round overwrites before use.
+        """
+        size, width = outcome.tokens.shape
+        positions = seq_lens[:, None] + torch.arange(width, device=seq_lens.device)
+        owners = pool_rows[:, None].expand(size, width)
+        self.rings.put(owners, positions, outcome.hidden.view(size, width, -1))
+        self.rings.put_tokens(owners, positions + 1, outcome.tokens.clamp(min=0))
+
+    def _chooser(self, batch, positions: Tensor, thresholds: list[float]) -> DraftChooser:
+        return DraftChooser(
+            batch.sampling_info,
+            positions,
+            num_steps=self.settings.num_steps,
+            thresholds=thresholds,
+            calibration=self.depths.calibration.table(),
+        )
+
+    def _count_first_tokens(self, batch, next_token_ids: Tensor) -> None:
+        for b, req in enumerate(batch.reqs):
+            if PenaltyRule.from_request(req) is not None:
+                row = req.kv.req_pool_idx
+                self.counts.begin(row, req)
+                token = next_token_ids[b : b + 1].long()
+                self.counts.add(row, req, token, torch.ones_like(token))
+
+    def _count_accepted(self, batch, outcome) -> None:
+        columns = torch.arange(outcome.tokens.shape[1], device=outcome.tokens.device)
+        penalised = set()
+        for b, req in enumerate(batch.reqs):
+            if PenaltyRule.from_request(req) is not None:
+                valid = columns < outcome.accept_lens[b]
+                penalised.add(req.kv.req_pool_idx)
+                self.counts.add(
+                    req.kv.req_pool_idx, req, outcome.tokens[b].clamp(min=0), valid
+                )
+        self.counts.forget_except(penalised)
+
+    def _idle_input(self) -> EagleDraftInput:
+        runner = self._draft_worker.draft_runner
+        return EagleDraftInput.create_idle_input(
+            device=runner.device,
+            hidden_size=None,
+            dtype=None,
+            topk=self.settings.num_steps,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+        )
+
+
+def _host_lens(batch) -> Tensor:
+    return batch.seq_lens.cpu() if batch.seq_lens_cpu is None else batch.seq_lens_cpu

@@ -1,0 +1,40 @@
+"""What the MTP worker refuses at start, and that the message names the flag."""
+
+import pytest
+
+from sglang_step35.speculative.settings import (
+    MTPSettings,
+    SpeculativeSettingsError,
+    check_attention_backends,
+    check_settings,
+)
+
+GOOD = {"num_steps": 3, "topk": 1, "num_draft_tokens": 4, "num_mtp_layers": 3}
+
+
+@pytest.mark.parametrize("steps, layers", [(3, 3), (1, 3), (2, 2), (1, 1)])
+def test_as_many_steps_as_layers_or_fewer(steps, layers):
+    check_settings(num_steps=steps, topk=1, num_draft_tokens=steps + 1, num_mtp_layers=layers)
+    assert MTPSettings(num_steps=steps).num_draft_tokens == steps + 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_mtp_layers": 0}, "no MTP layers .*remove --speculative-algorithm"),
+        ({"topk": 2}, "--speculative-eagle-topk 2.*use 1"),
+        ({"num_steps": 4, "num_draft_tokens": 5}, "--speculative-num-steps 4.*use 1 to 3"),
+        ({"num_steps": 0, "num_draft_tokens": 1}, "--speculative-num-steps 0"),
+        ({"num_draft_tokens": 8}, "--speculative-num-draft-tokens 8.*= 4"),
+    ],
+)
+def test_what_cannot_work_is_refused(change, message):
+    with pytest.raises(SpeculativeSettingsError, match=message):
+        check_settings(**{**GOOD, **change})
+
+
+def test_flashinfer_cannot_verify_sliding_layers():
+    with pytest.raises(SpeculativeSettingsError, match="--attention-backend flashinfer"):
+        check_attention_backends(("flashinfer", "flashinfer"), 511)
+    check_attention_backends(("flashinfer", None), None)
+    check_attention_backends(("fa3", "fa3"), 511)
