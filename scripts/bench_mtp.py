@@ -1,0 +1,131 @@
+"""Decode speed with MTP on and off, same prompts, same run, on the packaged nano checkpoint.
+
+    python scripts/bench_mtp.py [--prompts 12] [--tokens 128] [--dtype bfloat16] [--plot FILE]
+
+Starts one server after the other: MTP, adaptive MTP, speculation off, and SGLang's own torch_native
+attention without speculation, so that a ratio compares two measurements minutes apart on one
+machine. Ends in one JSON line.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from nano_model import generate, prompts, random_ids
+from servers import MTP_ARGS, NANO_ARGS, ServerPool
+
+VARIANTS = {
+    "mtp": MTP_ARGS,
+    "mtp adaptive": (*MTP_ARGS, "--speculative-adaptive"),
+    "off": (),
+    # SGLang's own attention reads the hybrid pool wrongly, so it gets a plain one.
+    "off, torch_native": ("--attention-backend", "torch_native", "--disable-hybrid-swa-memory"),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant on one workload; acceptance[i]: share of rounds that accepted draft i + 1."""
+
+    variant: str
+    workload: str
+    tokens_per_second: float
+    milliseconds_per_token: float
+    accept_length: float
+    acceptance: list[float]
+
+
+def workloads(count: int) -> dict[str, tuple[list[list[int]], dict]]:
+    """Prompts and sampling options: held-out code, and uniformly random ids as the bad case."""
+    return {
+        "code": (prompts()[:count], {}),
+        "random": (random_ids(count, 60, seed=9), {"temperature": 3.0}),
+    }
+
+
+def measure(server, variant: str, workload: str, requests, tokens: int, options) -> Measurement:
+    """Two passes over the prompts, one request at a time; the first warms caches up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        answers = [generate(server, ids, tokens, **options) for ids in requests]
+        seconds = time.perf_counter() - start
+    count = tokens * len(requests)
+    histograms = [a["meta_info"].get("spec_correct_drafts_histogram") or [] for a in answers]
+    totals = [sum(h[i] for h in histograms if len(h) > i) for i in range(4)]
+    rounds = sum(totals)
+    acceptance = [round(sum(totals[i:]) / rounds, 3) for i in (1, 2, 3)] if rounds else []
+    return Measurement(
+        variant=variant,
+        workload=workload,
+        tokens_per_second=round(count / seconds, 1),
+        milliseconds_per_token=round(1000 * seconds / count, 2),
+        accept_length=round(count / rounds, 2) if rounds else 1.0,
+        acceptance=acceptance,
+    )
+
+
+def table(results: list[Measurement]) -> str:
+    base = {r.workload: r.tokens_per_second for r in results if r.variant == "off"}
+    lines = [f"{'workload':9}{'variant':19}{'tok/s':>8}{'ms/tok':>8}{'accept':>8}{'ratio':>7}  per draft"]
+    for r in sorted(results, key=lambda r: r.workload):
+        ratio = r.tokens_per_second / base[r.workload]
+        lines.append(
+            f"{r.workload:9}{r.variant:19}{r.tokens_per_second:8.1f}{r.milliseconds_per_token:8.2f}"
+            f"{r.accept_length:8.2f}{ratio:7.2f}  {' '.join(f'{a:.2f}' for a in r.acceptance)}"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[Measurement], path: Path) -> None:
+    """Tokens per second as bars, one group per workload, the accept length above each bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted({r.workload for r in results})
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    width = 0.8 / len(VARIANTS)
+    for i, variant in enumerate(VARIANTS):
+        rows = {r.workload: r for r in results if r.variant == variant}
+        places = [n + i * width for n in range(len(names))]
+        bars = axes.bar(places, [rows[n].tokens_per_second for n in names], width, label=variant)
+        axes.bar_label(bars, [f"{rows[n].accept_length:.2f}" for n in names], fontsize=8)
+    axes.set_xticks([n + 0.3 for n in range(len(names))], names)
+    axes.set_ylabel("tokens per second, one request")
+    axes.set_title("nano checkpoint on two CPU cores; above the bars: accept length")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--plot", type=Path, help="also write a PNG here")
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ServerPool(Path(folder))
+        for variant, flags in VARIANTS.items():
+            server = pool.get(*NANO_ARGS, "--dtype", options.dtype, *flags)
+            for name, (requests, sampling) in workloads(options.prompts).items():
+                results.append(
+                    measure(server, variant, name, requests, options.tokens, sampling)
+                )
+            pool.stop_all()
+    if options.plot:
+        plot(results, options.plot)
+    print(table(results))
+    print(json.dumps({"bench": "mtp", "dtype": options.dtype, "results": [asdict(r) for r in results]}))
+
+
+if __name__ == "__main__":
+    main()

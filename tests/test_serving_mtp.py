@@ -1,0 +1,167 @@
+"""A running server with MTP: the target's own output, and drafts as good as a full recompute's."""
+
+import itertools
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from nano_model import generate, generate_all, greedy, logprob_error, prompts, random_ids, reference
+from servers import MTP_ARGS, NANO_ARGS
+
+pytestmark = pytest.mark.server
+ARGS = (*NANO_ARGS, *MTP_ARGS, "--dtype", "float32", "--chunked-prefill-size", "64")
+# SGLang's own test switch: every few rounds it retracts requests as under a KV shortage.
+SHORTAGE = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    return serve(*ARGS)
+
+
+def mixed_requests():
+    """Held-out code, random ids, repeated patterns and one-token prompts."""
+    code = prompts()[20:28]
+    noise = random_ids(3, 70, seed=3) + random_ids(2, 3, seed=4)
+    repeats = [[500, 501, 502] * 30, [77] * 40]
+    return code + noise + repeats + [[300], [900, 901]]
+
+
+def histogram(answer):
+    """Rounds that accepted 0, 1, 2, 3 drafts."""
+    counts = answer["meta_info"].get("spec_correct_drafts_histogram") or []
+    return counts + [0] * (4 - len(counts))
+
+
+@pytest.mark.parametrize("at_once", [1, 16])
+def test_greedy_output_is_the_target_models(server, at_once):
+    requests = mixed_requests()
+    answers = generate_all(server, requests, 48, at_once=at_once)
+    assert [a["output_ids"] for a in answers] == [greedy(tuple(ids), 48) for ids in requests]
+
+
+def test_accepted_drafts_equal_an_offline_loop_that_recomputes_everything(server):
+    """Also on the second pass, where the prompts come from the prefix cache."""
+    requests = prompts()[30:36]
+    expected = []
+    for ids in requests:
+        _, accepted = reference().speculative_greedy(ids, 40, 3)
+        expected.append([accepted.count(i) for i in range(4)])
+    for _ in range(2):
+        answers = generate_all(server, requests, 40, at_once=3)
+        assert [histogram(a) for a in answers] == expected
+    assert sum(a["meta_info"]["cached_tokens"] for a in answers) > 200
+
+
+def test_accept_length_of_held_out_code(server):
+    answers = generate_all(server, prompts()[40:60], 48)
+    rounds = sum(a["meta_info"]["spec_verify_ct"] for a in answers)
+    assert 48 * len(answers) / rounds >= 2.4
+
+
+def test_logprobs_inside_accepted_runs(server):
+    for ids in prompts()[60:63]:
+        answer = generate(server, ids, 32, return_logprob=True, logprob_start_len=0)
+        assert logprob_error(ids, answer) < 1e-4
+
+
+def penalised_greedy(ids, count, frequency, presence, repetition):
+    """Plain decoding from the reference's logits, one token at a time."""
+    output = []
+    for _ in range(count):
+        row = reference().logits(torch.tensor(ids + output))[-1].clone()
+        for token in set(output):
+            row[token] -= frequency * output.count(token) + presence
+            row[token] = row[token] * repetition if row[token] < 0 else row[token] / repetition
+        output.append(row.argmax().item())
+    return output
+
+
+@pytest.mark.parametrize("penalty", [(0.7, 0.3, 1.0), (0.0, 0.0, 1.3)])
+def test_penalties_count_every_token_of_an_accepted_run(server, penalty):
+    names = ("frequency_penalty", "presence_penalty", "repetition_penalty")
+    for ids in prompts()[64:66]:
+        answer = generate(server, ids, 32, **dict(zip(names, penalty)))
+        assert answer["output_ids"] == penalised_greedy(ids, 32, *penalty)
+
+
+def test_lengths_and_stops_inside_a_window(server):
+    ids = prompts()[0]
+    full = greedy(tuple(ids), 24)
+    for count in range(1, 8):
+        assert generate(server, ids, count)["output_ids"] == full[:count]
+    stop = full[9]
+    end = full.index(stop) + 1
+    answer = generate(server, ids, 24, stop_token_ids=[stop], ignore_eos=False)
+    assert answer["output_ids"] == full[:end]
+    assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_structured_output(server):
+    pattern = r"[a-z]{3,8}=[0-9]{2,12};"
+    for answer in generate_all(server, prompts()[:4], 40, regex=pattern, ignore_eos=False):
+        assert re.fullmatch(pattern, answer["text"])
+
+
+def exact_sequences(ids, temperature, top_k, length):
+    """Probability of every continuation under temperature and top-k, from the reference."""
+    table = {(): 1.0}
+    for _ in range(length):
+        grown = {}
+        for tail, chance in table.items():
+            row = reference().logits(torch.tensor([*ids, *tail]))[-1] / temperature
+            best = row.topk(top_k)
+            for token, share in zip(best.indices.tolist(), best.values.softmax(-1).tolist()):
+                grown[(*tail, token)] = chance * share
+        table = grown
+    return table
+
+
+def test_sampled_output_follows_the_target_distribution(server):
+    ids, samples = prompts()[1], 1200
+    rule = {"temperature": 1.5, "top_k": 3}
+    expected = exact_sequences(ids, 1.5, 3, 4)
+    answers = generate_all(server, [ids] * (samples // 8), 4, n=8, **rule)
+    found = [tuple(a["output_ids"]) for a in itertools.chain.from_iterable(answers)]
+    assert len(found) == samples and set(found) <= set(expected)
+    cells = [key for key, chance in expected.items() if chance * samples >= 8]
+    statistic = sum(
+        (found.count(key) - expected[key] * samples) ** 2 / (expected[key] * samples) for key in cells
+    )
+    assert statistic < len(cells) + 5 * (2 * len(cells)) ** 0.5
+
+
+def test_greedy_and_sampled_requests_share_a_batch(server):
+    requests = prompts()[:8]
+    expected = [greedy(tuple(ids), 32) for ids in requests]
+    with ThreadPoolExecutor(16) as pool:
+        noise = [pool.submit(generate, server, ids, 32, temperature=1.0) for ids in requests]
+        answers = list(pool.map(lambda ids: generate(server, ids, 32), requests))
+    assert [a["output_ids"] for a in answers] == expected
+    assert all(len(f.result()["output_ids"]) == 32 for f in noise)
+
+
+def test_retractions_and_aborts_leave_the_other_requests_alone(serve):
+    """With chunks shorter than what a prefix-cache key looks ahead, mixed with decoding."""
+    tiny = ("--chunked-prefill-size", "7", "--enable-mixed-chunk", "--max-running-requests", "8")
+    server = serve(*ARGS, *tiny, **SHORTAGE)
+    requests = prompts()[100:124]
+    with ThreadPoolExecutor(16) as pool:
+        kept = [
+            pool.submit(generate, server, ids, 40, rid=f"kept-{i}") for i, ids in enumerate(requests)
+        ]
+        doomed = [
+            pool.submit(generate, server, ids, 400, rid=f"doomed-{i}")
+            for i, ids in enumerate(requests[:10])
+        ]
+        for i in range(10):
+            server.post("/abort_request", {"rid": f"doomed-{i}"})
+        answers = [future.result() for future in kept]
+        for i in range(10):
+            server.post("/abort_request", {"rid": f"doomed-{i}"})
+        for future in doomed:
+            future.exception()
+    assert [a["output_ids"] for a in answers] == [greedy(tuple(ids), 40) for ids in requests]
+    assert "etract" in server.log.read_text()
+    assert server.post("/flush_cache", {}).ok  # refused while any request holds KV
