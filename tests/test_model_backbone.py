@@ -85,6 +85,21 @@ def test_published_depth(tmp_path_factory):
     assert (model_host.all_logits(model, ids) - reference.logits(ids)).abs().max() < 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        CheckpointShape(window=48, top_k=1, heads=8, sliding_heads=4, kv_groups=4, sliding_kv_groups=4),
+        CheckpointShape(heads=2, sliding_heads=8, kv_groups=1, sliding_kv_groups=1, limits=False),
+    ],
+    ids=["window 48, top-1, 8 and 4 heads", "one KV head, no clamps"],
+)
+def test_other_shapes(tmp_path, shape):
+    directory = make_checkpoint(tmp_path, shape, seed=4)
+    ids = prompt(100, seed=4)
+    model, reference = model_host.load(directory), load_reference(directory)
+    assert (model_host.all_logits(model, ids) - reference.logits(ids)).abs().max() < TOLERANCE
+
+
 def test_tied_embeddings(tmp_path_factory):
     import json
 

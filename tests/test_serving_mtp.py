@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from checkpoints import CheckpointShape, make_checkpoint
 from nano_model import generate, generate_all, greedy, logprob_error, prompts, random_ids, reference
+from reference import load_reference
 from servers import MTP_ARGS, NANO_ARGS
 
 pytestmark = pytest.mark.server
@@ -140,6 +142,29 @@ def test_greedy_and_sampled_requests_share_a_batch(server):
         answers = list(pool.map(lambda ids: generate(server, ids, 32), requests))
     assert [a["output_ids"] for a in answers] == expected
     assert all(len(f.result()["output_ids"]) == 32 for f in noise)
+
+
+def test_a_checkpoint_of_another_shape(serve, tmp_path_factory):
+    """9 + 3 layers, window 48, top-1 experts, other head counts, chunks of 32, cache hits."""
+    shape = CheckpointShape(
+        window=48, top_k=1, heads=8, sliding_heads=4, kv_groups=4, sliding_kv_groups=4, echo=1.5
+    )
+    directory = make_checkpoint(tmp_path_factory.mktemp("shape"), shape, seed=5)
+    model = ("--model-path", str(directory), "--device", "cpu", "--max-total-tokens", "16384")
+    server = serve(*model, *MTP_ARGS, "--dtype", "float32", "--chunked-prefill-size", "32")
+    target = load_reference(directory)
+    for ids in [list(range(3, 3 + length)) for length in (1, 49, 130)]:
+        tokens, accepted = target.speculative_greedy(ids, 16, 3)
+        tokens = tokens[:16]
+        table = target.logprobs(torch.tensor(ids + tokens))
+        expected = [table[len(ids) - 1 + i, token].item() for i, token in enumerate(tokens)]
+        for _ in range(2):
+            answer = generate(server, ids, 16, return_logprob=True)
+            assert answer["output_ids"] == tokens
+            assert histogram(answer) == [accepted.count(i) for i in range(4)]
+            found = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+            assert found == pytest.approx(expected, abs=1e-4)
+    assert answer["meta_info"]["cached_tokens"] > 100
 
 
 def test_retractions_and_aborts_leave_the_other_requests_alone(serve):
