@@ -14,7 +14,6 @@ become a tag waits for the next chunk, all other text is passed on at once. What
 depends on the whole text only, never on how it was cut.
 """
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 

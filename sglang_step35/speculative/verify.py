@@ -50,7 +50,6 @@ class TargetVerifier:
 
         proposal: [B, N - 1, V] probabilities the drafts were sampled from, None if greedy.
         """
-        size, width = chain.shape
         ids = chain.clamp(min=0)
         batch.spec_info = chain_verify_input(batch, self.target_worker, ids)
         grammar_tree = GrammarTree.from_linear_chain(ids) if batch.has_grammar else None

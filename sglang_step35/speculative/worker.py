@@ -131,7 +131,9 @@ class Step35SpecWorker(BaseSpecWorker):
         width = 1 + max(offered, default=self.settings.num_steps)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], draft_input.topk_index], dim=1)[:, :width]
-        proposal = self.proposals.get(batch.req_pool_indices, width - 1)
+        # [B, S, V] are copied here: only where a request samples.
+        greedy = batch.sampling_info.is_all_greedy
+        proposal = None if greedy else self.proposals.get(batch.req_pool_indices, width - 1)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
