@@ -166,6 +166,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    for path in (getattr(options, name, None) for name in ("out", "html", "png")):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     try:
         runs = options.command(options)
     except ValueError as error:
