@@ -170,7 +170,7 @@ def test_counted_tokens_are_the_prompts(serve):
                 {"type": "tool_use", "id": "call_1", "name": "Bash", "input": {"command": "ls"}},
             ]},
             {"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "a.py"}], **cached},
+                {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "a.py"}]},
             ]},
         ],
         "tools": [{"name": "Bash", "description": "Run a command.", "input_schema": {

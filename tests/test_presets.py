@@ -1,12 +1,19 @@
-"""Presets: SGLang's own parser takes them, and a twin differs by its speculative flags only."""
+"""Presets: SGLang takes them, resolves them to the intended backend, worker and depth, and twins differ by MTP only."""
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
+import preset_host
 import pytest
 import yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+# prometheus.yml and the like are not for `sglang serve`.
 PRESETS = sorted(CONFIGS.glob("*.yaml"))
 SPECULATIVE = {
     "speculative-algorithm": "EAGLE",
@@ -15,10 +22,43 @@ SPECULATIVE = {
     "speculative-num-draft-tokens": 4,
     "enable-multi-layer-eagle": True,
 }
+ATTENTION = {
+    "bf16-8gpu": "fa3",
+    "fp8-8gpu": "fa3",
+    "fp8-4xh200": "fa3",
+    "int4-dgx-spark": "triton",
+    "nano-cpu": "step35_portable",
+}
+WORKER = "sglang_step35.speculative.worker.Step35SpecWorker"
+# Keys that say by themselves what they do, or do in every preset.
+OBVIOUS = {
+    "model-path", "served-model-name", "tp-size", "tool-call-parser", "reasoning-parser", "host", "port",
+    "speculative-algorithm", "speculative-num-steps", "enable-multi-layer-eagle",
+}  # fmt: skip
 
 
 def fields(path):
     return yaml.safe_load(path.read_text())
+
+
+def base(path) -> str:
+    return path.stem.removesuffix("-no-mtp")
+
+
+@cache
+def resolved(on_cpu: bool) -> dict[str, dict]:
+    """What SGLang makes of all presets of one platform, in a process of its own (about 15 s)."""
+    names = [path.stem for path in PRESETS if (base(path) == "nano-cpu") == on_cpu]
+    env = {**os.environ, **({"SGLANG_PLATFORM": "step35"} if on_cpu else {})}
+    done = subprocess.run(
+        [sys.executable, preset_host.__file__, *names], capture_output=True, text=True, timeout=300, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_machine_has_its_preset():
+    assert {base(path) for path in PRESETS} == set(ATTENTION) == set(preset_host.MACHINES)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -38,8 +78,33 @@ def test_sglang_parses_the_preset(path):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_resolves_to_the_intended_backend_worker_and_depth(path):
+    found = resolved(base(path) == "nano-cpu")[path.stem]
+    assert found["attention_backend"] == ATTENTION[base(path)]
+    assert {found["prefill_attention_backend"], found["decode_attention_backend"]} <= {None, ATTENTION[base(path)]}
+    if path.stem == base(path):
+        assert found["worker"] == WORKER
+        assert (found["speculative_num_steps"], found["speculative_num_draft_tokens"]) == (3, 4)
+        assert found["enable_multi_layer_eagle"]
+    else:
+        assert found["worker"] is None and found["speculative_num_steps"] is None
+    assert found["device"] == ("cpu" if base(path) == "nano-cpu" else "cuda")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_no_value_of_the_preset_is_overridden(path):
+    own = resolved(base(path) == "nano-cpu")[path.stem]["own"]
+    assert own == {key.replace("-", "_"): value for key, value in fields(path).items() if key != "model-path"}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_has_a_twin_without_mtp(path):
-    base = path.stem.removesuffix("-no-mtp")
-    with_mtp = fields(CONFIGS / f"{base}.yaml")
-    without = fields(CONFIGS / f"{base}-no-mtp.yaml")
+    with_mtp = fields(CONFIGS / f"{base(path)}.yaml")
+    without = fields(CONFIGS / f"{base(path)}-no-mtp.yaml")
     assert {**without, **SPECULATIVE} == with_mtp
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_lines_that_are_not_obvious_say_why(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if "  # " not in line and line.split(":")[0] not in OBVIOUS] == []

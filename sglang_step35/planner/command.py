@@ -25,7 +25,8 @@ def serve_arguments(plan: Plan, model: str | None = None) -> list[str]:
         # The checkpoint names its method; by default SGLang picks Marlin, which knows no SwiGLU clamp.
         flags += ["--moe-runner-backend", "triton"]
     flags += ["--tool-call-parser", "step3p5", "--reasoning-parser", "step3p5"]
-    # The attention backend is left to SGLang: its FlashInfer reads wrong keys when it verifies drafts.
+    if plan.machine.attention:
+        flags += ["--attention-backend", plan.machine.attention]
     if plan.layout.mtp_layers:
         flags += _speculative(plan.layout.mtp_layers)
     flags += _memory(plan)
