@@ -1,0 +1,1 @@
+"""Parts of scripts/bench_context.py: measuring servers, timing sliding layers alone, table and plot."""
