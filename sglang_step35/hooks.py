@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sglang_step35.plugin import ARCHITECTURES, ATTENTION_BACKEND
 
+_DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
@@ -39,7 +40,7 @@ def install() -> None:
         if applied is not hook.function and not hasattr(applied, "__wrapped__"):
             raise RuntimeError(f"SGLang did not apply the hook on {hook.target}")
     _register_tree_core()
-    _register_attention_backend()
+    _register_attention_backends()
 
 
 def _register_tree_core() -> None:
@@ -54,7 +55,7 @@ def _register_tree_core() -> None:
         register_tree_core_backend(TREE_CORE, LookaheadTreeCore)
 
 
-def _register_attention_backend() -> None:
+def _register_attention_backends() -> None:
     from sglang.srt.arg_groups.choices import (
         ATTENTION_BACKEND_CHOICES,
         add_attention_backend_choices,
@@ -66,6 +67,7 @@ def _register_attention_backend() -> None:
     if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([ATTENTION_BACKEND])
         register_attention_backend(ATTENTION_BACKEND)(create_backend)
+    register_attention_backend("flashinfer")(create_flashinfer_backend)
 
 
 def _hooks() -> list[Hook]:
@@ -85,6 +87,12 @@ def _hooks() -> list[Hook]:
         Hook(f"{_TREE_CORES}.select_tree_core_backend", "after", select_tree_core),
         Hook(f"{_RADIX_CACHE}.checkpoint_into_tree", "before", skip_short_insert),
         Hook(f"{_ADAPTIVE}.adaptive_unsupported_reason", "around", adaptive_unsupported_reason),
+        # The factory of draft backends does not ask the registry.
+        Hook(
+            f"{_DRAFT_BACKENDS}._create_flashinfer_prefill_backend",
+            "around",
+            create_flashinfer_draft_backend,
+        ),
     ]
     if current_platform.is_out_of_tree():
         from sglang.srt.mem_cache.allocation import get_last_loc_torch
@@ -146,6 +154,31 @@ def create_step35_worker(create_worker, algorithm, server_args):
 
         return Step35SpecWorker
     return create_worker(algorithm, server_args)
+
+
+def create_flashinfer_backend(runner):
+    """What `--attention-backend flashinfer` builds: ours for Step-3.5, SGLang's for every other model."""
+    if not _runs_our_model(runner):
+        from sglang.srt.layers.attention import attention_registry
+
+        return attention_registry.create_flashinfer_backend(runner)
+    from sglang_step35.attention.flashinfer import Step35FlashInferBackend
+
+    return Step35FlashInferBackend(runner, init_new_workspace=runner.init_new_workspace)
+
+
+def create_flashinfer_draft_backend(create, factory):
+    """(name, backend) of the draft-extend passes, as SGLang's factory returns it."""
+    if not _runs_our_model(factory.draft_model_runner):
+        return create(factory)
+    from sglang_step35.attention.flashinfer import Step35FlashInferBackend
+
+    return "flashinfer", Step35FlashInferBackend(factory.draft_model_runner)
+
+
+def _runs_our_model(runner) -> bool:
+    architectures = runner.model_config.hf_config.architectures or []
+    return bool(architectures) and architectures[0] in ARCHITECTURES
 
 
 def serves_mtp(server_args) -> bool:

@@ -37,6 +37,7 @@ def _params(text: str) -> tuple[str, ...]:
 
 
 _SRT = "sglang.srt"
+_FLASHINFER = f"{_SRT}.layers.attention.flashinfer_backend"
 
 TABLE: tuple[Upstream, ...] = (
     # Registration.
@@ -163,6 +164,81 @@ TABLE: tuple[Upstream, ...] = (
     Upstream(f"{_SRT}.managers.utils.GenerationBatchResult"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleDraftInput"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleVerifyInput"),
+    # FlashInfer on CUDA.
+    Upstream(
+        f"{_SRT}.layers.attention.attention_registry.create_flashinfer_backend", _params("runner")
+    ),
+    Upstream(
+        f"{_SRT}.speculative.draft_utils.DraftBackendFactory._create_flashinfer_prefill_backend",
+        _params("self"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferAttnBackend.__init__",
+        _params(
+            "self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace"
+        ),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferAttnBackend.init_forward_metadata", _params("self forward_batch")
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferAttnBackend.init_cuda_graph_state",
+        _params("self max_bs max_num_tokens kv_indices_buf"),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferAttnBackend._create_prefill_wrappers",
+        _params("self bs use_custom_mask"),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferAttnBackend._full_cg_prefill_workspace_bytes",
+        _params("num_slots max_num_tokens num_qo_heads num_kv_heads head_dim device"),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferAttnBackend._check_kv_attention_access",
+        _params("self phase access"),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.PrefillMetadata",
+        _params(
+            "prefill_wrappers use_ragged extend_no_prefix multi_item_params swa_out_cache_loc"
+        ),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferIndicesUpdaterPrefill.__init__",
+        _params("self model_runner attn_backend"),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferIndicesUpdaterPrefill.update",
+        _params(
+            "self req_pool_indices seq_lens seq_lens_cpu seq_lens_sum prefix_lens prefill_wrappers "
+            "use_ragged encoder_lens spec_info fixed_split_size multi_item_params "
+            "cross_attention_custom_mask extend_prefix_lens_cpu custom_kv_indices plan"
+        ),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferIndicesUpdaterDecode.__init__",
+        _params("self model_runner attn_backend"),
+    ),
+    Upstream(
+        f"{_FLASHINFER}.FlashInferIndicesUpdaterDecode.call_begin_forward",
+        _params(
+            "self wrapper paged_kernel_lens paged_kernel_lens_sum kv_indptr kv_start_idx spec_info "
+            "seq_lens_cpu use_sliding_window_kv_pool fixed_split_size disable_split_kv plan "
+            "req_pool_indices"
+        ),
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
+        _params(
+            "self plan req_pool_indices seq_lens indptr out kv_start_idx kind token_mapping "
+            "num_token_blocks kv_lens_sum"
+        ),
+    ),
+    Upstream(
+        f"{_SRT}.mem_cache.kv_index_translator.KVIndexTranslator.write_ids",
+        _params("self forward_batch kind"),
+    ),
     # Parsers.
     Upstream(
         f"{_SRT}.function_call.function_call_parser.FunctionCallParser.ToolCallParserEnum",

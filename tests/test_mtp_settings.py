@@ -2,6 +2,7 @@
 
 import pytest
 
+from sglang_step35 import plugin
 from sglang_step35.speculative.settings import (
     MTPSettings,
     SpeculativeSettingsError,
@@ -33,7 +34,14 @@ def test_what_cannot_work_is_refused(change, message):
         check_settings(**{**GOOD, **change})
 
 
-def test_flashinfer_cannot_verify_sliding_layers():
+def test_flashinfer_is_ours_or_refused(monkeypatch):
+    """SGLang's own backend cannot verify sliding layers; another plug-in may have put it back."""
+    from sglang.srt.layers.attention import attention_registry
+
+    plugin.register()
+    check_attention_backends(("flashinfer", "flashinfer"), 511)
+    stock = attention_registry.create_flashinfer_backend
+    monkeypatch.setitem(attention_registry.ATTENTION_BACKENDS, "flashinfer", stock)
     with pytest.raises(SpeculativeSettingsError, match="--attention-backend flashinfer"):
         check_attention_backends(("flashinfer", "flashinfer"), 511)
     check_attention_backends(("flashinfer", None), None)

@@ -50,14 +50,19 @@ def check_settings(
 
 
 def check_attention_backends(names: tuple[str | None, ...], window: int | None) -> None:
-    """Refuse backends whose verify pass reads the wrong keys of a sliding layer.
+    """Refuse SGLang's own FlashInfer backend, in whose place `hooks.py` puts ours.
 
-    SGLang 0.5.23's FlashInfer backend plans a verify window from a request's first keys instead
-    of its last (tests/test_flashinfer_window.py shows it).
+    SGLang 0.5.23's plans a sliding layer's verify window from a request's first keys instead of
+    its last (tests/test_flashinfer_window.py shows it).
     """
-    if window and "flashinfer" in names:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    if not window or "flashinfer" not in names:
+        return
+    maker = ATTENTION_BACKENDS["flashinfer"].__module__
+    if not maker.startswith("sglang_step35."):
         raise SpeculativeSettingsError(
-            "--attention-backend flashinfer reads wrong keys when it verifies drafts in "
-            "sliding-window layers: use fa3 (Hopper), fa4 (Blackwell) or triton, or serve "
-            "without --speculative-algorithm"
+            f"--attention-backend flashinfer is built by {maker}, not by sglang-step35, and reads "
+            "wrong keys when it verifies drafts in sliding-window layers: remove the plug-in that "
+            "replaced it, or use fa3 (Hopper), fa4 (Blackwell) or triton"
         )
