@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # Counters of our speculative worker. Delete a name here once the server exposes it.
 NOT_EXPOSED_YET = ("sglang:spec_accepted_drafts_total", "sglang:spec_offered_drafts_total")
 METRICS_ARGS = (*NANO_ARGS, *MTP_ARGS, "--enable-metrics", "--enable-cache-report")
-SELECTOR = re.compile(r"(sglang:\w+)(?:\{([^}]*)\})?")
+SELECTOR = re.compile(r"(?:by \((?P<groups>[^)]*)\) \((?:rate\()?)?(?P<name>sglang:\w+)(?:\{(?P<labels>[^}]*)\})?")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def expressions(dashboard: dict) -> list[str]:
 
 
 def used(dashboard: dict) -> dict[str, set[str]]:
-    """Metric names of all panels, each with the labels its selectors and its expression's grouping name."""
+    """Metric names of all panels, each with the labels it is selected and grouped by."""
     found = defaultdict(set)
     for expression in expressions(dashboard):
-        groups = {label for text in re.findall(r"by \(([^)]*)\)", expression) for label in text.split(", ")}
-        for name, labels in SELECTOR.findall(expression):
-            found[name] |= groups | set(re.findall(r"(\w+)\s*[=!]~?", labels))
+        for match in SELECTOR.finditer(expression):
+            groups = re.findall(r"\w+", match["groups"] or "")
+            found[match["name"]].update(groups, re.findall(r"(\w+)\s*[=!]~?\"", match["labels"] or ""))
     return dict(found)
 
 
@@ -42,8 +42,9 @@ def exposed(serve) -> dict[str, set[str]]:
     """Sample names of a real server, with their labels, after requests that draft and hit the prefix cache."""
     server = serve(*METRICS_ARGS)
     body = {"model": "step3p5-nano", "prompt": "def add(a, b):\n    return a + b\n" * 8, "max_tokens": 24}
-    for _ in range(2):
-        server.post("/v1/completions", body | {"temperature": 0, "ignore_eos": True}).raise_for_status()
+    for stream in (False, True):  # times between tokens are only measured on streams
+        options = {"temperature": 0, "ignore_eos": True, "stream": stream}
+        server.post("/v1/completions", body | options).raise_for_status()
     server.post("/v1/completions", {"no": "prompt"})  # an error to count
     found = defaultdict(set)
     for family in text_string_to_metric_families(requests.get(f"{server.url}/metrics", timeout=30).text):
