@@ -14,7 +14,9 @@ from sglang_step35.plugin import ARCHITECTURES, ATTENTION_BACKEND
 _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
+_OLLAMA = "sglang.srt.entrypoints.ollama"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _TREE_CORES = "sglang.srt.mem_cache.unified_cache.tree_core_registry"
 
 
@@ -78,6 +80,10 @@ def _hooks() -> list[Hook]:
         select_tree_core,
         skip_short_insert,
     )
+    from sglang_step35.http.admission import generate
+    from sglang_step35.http.middleware import install as install_error_format
+    from sglang_step35.http.ollama import Step35OllamaServing
+    from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
 
     hooks = [
         Hook("sglang.srt.model_loader.utils.get_model_architecture", "after", require_our_model),
@@ -87,6 +93,14 @@ def _hooks() -> list[Hook]:
         Hook(f"{_TREE_CORES}.select_tree_core_backend", "after", select_tree_core),
         Hook(f"{_RADIX_CACHE}.checkpoint_into_tree", "before", skip_short_insert),
         Hook(f"{_ADAPTIVE}.adaptive_unsupported_reason", "around", adaptive_unsupported_reason),
+        # What a request may ask is checked nowhere whole before the scheduler dies of it.
+        Hook(f"{_TOKENIZER_MANAGER}.generate_request", "around", generate),
+        # The last step before the HTTP server starts; SGLang has no registry for middleware.
+        Hook("sglang.srt.utils.common.set_uvicorn_logging_configs", "after", install_error_format),
+        # Stock's Ollama API loses text, tools and reasoning.
+        Hook(f"{_OLLAMA}.serving.OllamaServing", "replace", Step35OllamaServing),
+        Hook(f"{_OLLAMA}.protocol.OllamaChatRequest", "replace", OllamaChatRequest),
+        Hook(f"{_OLLAMA}.protocol.OllamaGenerateRequest", "replace", OllamaGenerateRequest),
         # The factory of draft backends does not ask the registry.
         Hook(
             f"{_DRAFT_BACKENDS}._create_flashinfer_prefill_backend",

@@ -164,6 +164,22 @@ TABLE: tuple[Upstream, ...] = (
     Upstream(f"{_SRT}.managers.utils.GenerationBatchResult"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleDraftInput"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleVerifyInput"),
+    # HTTP.
+    Upstream(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",
+        _params("self obj request"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.utils.common.set_uvicorn_logging_configs", _params("server_args"), hooked=True
+    ),
+    Upstream(
+        f"{_SRT}.entrypoints.ollama.serving.OllamaServing.__init__",
+        _params("self tokenizer_manager"),
+    ),
+    Upstream(f"{_SRT}.entrypoints.ollama.serving.OllamaServing", hooked=True),
+    Upstream(f"{_SRT}.entrypoints.ollama.protocol.OllamaChatRequest", hooked=True),
+    Upstream(f"{_SRT}.entrypoints.ollama.protocol.OllamaGenerateRequest", hooked=True),
     # FlashInfer on CUDA.
     Upstream(
         f"{_SRT}.layers.attention.attention_registry.create_flashinfer_backend", _params("runner")

@@ -1,0 +1,140 @@
+"""Checks a request passes before the scheduler sees it.
+
+SGLang's HTTP layer checks what its protocol classes declare, but not the inside of
+`sampling_params`, nor sizes: `logprobs` beyond the vocabulary, `top_k` beyond 32 bits or a text
+as `max_new_tokens` reach the scheduler, where an exception ends the server for all its users.
+"""
+
+import re
+from array import array
+from contextlib import aclosing
+from functools import cache
+from typing import Any
+
+import msgspec
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+REFUSED = "sglang_step35.refused"  # key of the ASGI scope
+MAX_SAMPLES = 1024  # of one prompt: each is a request of its own, made before the first one runs
+INT32, INT64 = 2**31, 2**63
+# Filled by SGLang itself while it normalizes; from outside they would skip that.
+_INTERNAL = {"stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized"}
+
+
+async def generate(stock, manager, obj, request=None):
+    """Around `TokenizerManager.generate_request`, the one door to the scheduler."""
+    try:
+        if isinstance(obj, GenerateReqInput):
+            admit(manager, obj)
+        async with aclosing(stock(manager, obj, request)) as outputs:
+            async for output in outputs:
+                yield output
+    except ValueError:
+        # Some endpoints report a refusal as their own failure; the middleware knows better.
+        if request is not None:
+            request.scope[REFUSED] = True
+        raise
+
+
+def admit(manager, obj: GenerateReqInput) -> None:
+    """Raise ValueError for what no request may ask."""
+    vocabulary = manager.model_config.vocab_size
+    _check_text(obj.text)
+    _check_ids(obj.input_ids, vocabulary)
+    _check_lists(obj)
+    if any(not isinstance(rid, str) for rid in _each(obj.rid)):
+        raise ValueError("rid must be a string or a list of strings")
+    for count in _each(obj.top_logprobs_num):
+        _check_range("top_logprobs_num", count, 0, vocabulary)
+    for start in _each(obj.logprob_start_len):
+        _check_range("logprob_start_len", start, -1, INT32 - 1)
+    for params in _each(obj.sampling_params):
+        check_sampling(params, manager.sampling_params_class)
+
+
+def _check_lists(obj: GenerateReqInput) -> None:
+    """One value for each prompt, and lists only beside a list of prompts."""
+    prompts = obj.text if obj.text is not None else obj.input_ids
+    batch = len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else None
+    for name in ("return_logprob", "top_logprobs_num", "logprob_start_len", "rid", "sampling_params"):
+        values = getattr(obj, name)
+        if prompts is not None and isinstance(values, list) and len(values) != batch:
+            raise ValueError(f"{name} is a list of {len(values)}: it must hold one value for each prompt of a batch")
+
+
+def check_sampling(params: object, params_class: type) -> None:
+    """Types as the class of the scheduler declares them, and integers that tensors can hold."""
+    if not isinstance(params, dict):
+        raise ValueError(f"sampling_params must be an object, got {type(params).__name__}")
+    given = {name: value for name, value in params.items() if value is not None}
+    try:
+        msgspec.convert(given, _declared(params_class))
+    except msgspec.ValidationError as error:
+        raise ValueError(f"sampling_params: {error}".replace("$.", "")) from error
+    for name, value in given.items():
+        limit = INT64 if name == "sampling_seed" else INT32
+        for number in value if isinstance(value, list | set | tuple) else (value,):
+            if isinstance(number, int) and not -limit <= number < limit:
+                raise ValueError(f"sampling_params: {name} is out of range")
+    _check_range("n", given.get("n"), 1, MAX_SAMPLES)
+    # With temperature 0 SGLang overwrites top_k before it looks at it.
+    _check_range("top_k", given.get("top_k"), -1, INT32 - 1)
+    for pattern in _each(given.get("stop_regex")):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"sampling_params: stop_regex: {error}") from error
+
+
+@cache
+def _declared(params_class: type) -> type:
+    """A struct with the fields a client may set, each with its declared type, and no others."""
+    fields = [
+        # The watermark's own class reads and checks it.
+        (field.name, Any if field.name == "watermark" else field.type, None)
+        for field in msgspec.structs.fields(params_class)
+        if field.name not in _INTERNAL
+    ]
+    return msgspec.defstruct("sampling_params", fields, kw_only=True, forbid_unknown_fields=True)
+
+
+def _each(value: object) -> list:
+    """What a field holds for every request of a batch; None leaves it to its default."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if item is not None]
+
+
+def _check_range(name: str, value: object, low: int, high: int) -> None:
+    if value is None:
+        return
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer in [{low}, {high}], got {str(value)[:80]}")
+
+
+def _check_text(text: object) -> None:
+    for item in [text] if isinstance(text, str) else text or ():
+        if not isinstance(item, str):
+            raise ValueError(f"a prompt must be a string, got {type(item).__name__}")
+        if not item:
+            raise ValueError("the prompt is empty")
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid Unicode: {error.reason}") from error
+    if text is not None and len(text) == 0:
+        raise ValueError("the prompt is empty")
+
+
+def _check_ids(ids: object, vocabulary: int) -> None:
+    if not ids:
+        return
+    batch = ids if isinstance(ids[0], list | tuple | array) else [ids]
+    for row in batch:
+        try:
+            row = array("q", row)
+        except (TypeError, OverflowError) as error:
+            raise ValueError("token ids must be integers of the vocabulary") from error
+        if len(row) == 0:
+            raise ValueError("the prompt is empty")
+        if min(row) < 0 or max(row) >= vocabulary:
+            raise ValueError(f"token ids must be in [0, {vocabulary})")

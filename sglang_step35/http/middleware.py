@@ -1,0 +1,179 @@
+"""Gives every failed request a status of its own and an error in its API's format.
+
+SGLang 0.5.23 answers some failures with another API's error, with plain text, or, when a
+stream was asked for, with status 200 and an error event, which the clients' libraries take for
+a success. The start of a stream is therefore held back until its first content or error.
+"""
+
+import json
+import logging
+import traceback
+from dataclasses import replace
+
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from sglang_step35.http.admission import REFUSED
+from sglang_step35.http.errors import (
+    Problem,
+    dialect_of,
+    find_error,
+    ollama,
+    read_problem,
+    readable,
+    validation_message,
+)
+
+logger = logging.getLogger(__name__)
+
+STREAMS = ("text/event-stream", "application/x-ndjson")
+# Events that come before anything is known of the request's fate.
+OPENING = {"message_start", "ping", "response.created", "response.queued", "response.in_progress"}
+
+
+def install(_result=None, server_args=None) -> None:
+    """After SGLang's last step before it starts the HTTP server: the app is complete by then."""
+    from sglang.srt.entrypoints.http_server import app
+
+    if any(entry.cls is ErrorFormat for entry in app.user_middleware):
+        return
+    app.add_middleware(ErrorFormat)
+    stock = app.exception_handlers[RequestValidationError]
+
+    async def invalid(request: Request, error: RequestValidationError):
+        if _dialect(request.scope) is None:
+            return await stock(request, error)
+        message = validation_message(error.errors())
+        return JSONResponse({"error": {"message": message}}, status_code=400)
+
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _dialect(scope):
+    return dialect_of(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+class ErrorFormat:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        dialect = _dialect(scope) if scope["type"] == "http" else None
+        if dialect is None or scope["method"] == "HEAD":
+            await self.app(scope, receive, send)
+            return
+        if dialect is ollama:  # which reads JSON whatever its type is called, as `curl -d` does
+            others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        reply = _Reply(send, dialect, scope)
+        try:
+            await self.app(scope, receive, reply)
+        except Exception as error:
+            if reply.started:
+                raise
+            await reply.fail(_problem(error))
+
+
+def _problem(error: Exception) -> Problem:
+    # Validators of SGLang's request classes read a body before its types are checked.
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_code.co_name == "request_body_to_args" for frame, _ in frames):
+        return Problem(400, f"The request does not have the structure this endpoint expects ({error})")
+    logger.error("Request failed", exc_info=error)
+    return Problem(500, "Internal server error")
+
+
+class _Reply:
+    """`send` of one request: passes a good response on, turns a failed one into an error."""
+
+    def __init__(self, send, dialect, scope):
+        self._send = send
+        self._dialect = dialect
+        self._scope = scope
+        self._start: dict | None = None  # held back
+        self._body = b""
+        self.started = False
+        self._failed = False
+
+    async def __call__(self, message: dict) -> None:
+        if self._failed:  # the rest of a stream that was an error
+            return
+        if message["type"] == "http.response.start" and self._holds(message):
+            self._start = message
+        elif self._start is None or message["type"] != "http.response.body":
+            self.started = True
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            await self._judge(final=not message.get("more_body", False), message=message)
+
+    @staticmethod
+    def _holds(start: dict) -> bool:
+        return start["status"] >= 400 or _content_type(start).startswith(STREAMS)
+
+    async def _judge(self, final: bool, message: dict) -> None:
+        status = self._start["status"]
+        if status >= 400:
+            if final:
+                await self.fail(read_problem(status, self._body))
+            return
+        problem, content = _look(self._body)
+        if problem is not None:
+            await self.fail(problem)
+        elif content or final:
+            start, self._start = self._start, None
+            self.started = True
+            await self._send(start)
+            await self._send({**message, "body": self._body})
+
+    async def fail(self, problem: Problem) -> None:
+        """Answer with this error; nothing has been sent yet."""
+        self.started = self._failed = True
+        if problem.status >= 500 and self._scope.get(REFUSED):
+            problem = replace(problem, status=400)
+        body = json.dumps(self._dialect(problem)).encode()
+        kept = [] if self._start is None else self._start["headers"]
+        headers = [pair for pair in kept if pair[0].lower() not in (b"content-type", b"content-length")]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": problem.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _content_type(start: dict) -> str:
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-type":
+            return value.decode("latin-1")
+    return ""
+
+
+def _look(body: bytes) -> tuple[Problem | None, bool]:
+    """The error among a stream's first events, and whether there is content before it."""
+    for line in body.splitlines():
+        line = line.removeprefix(b"data:").strip()
+        if not line or line.startswith((b"event:", b":")):
+            continue
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return None, line == b"[DONE]"  # or an event that has not arrived whole
+        problem = find_error(event)
+        if problem is not None:
+            return Problem(problem.status, readable(problem.message), problem.param), False
+        if not _opens(event):
+            return None, True
+    return None, False
+
+
+def _opens(event: object) -> bool:
+    if not isinstance(event, dict):
+        return False
+    if event.get("type") in OPENING:
+        return True
+    deltas = [choice.get("delta") for choice in event.get("choices") or () if isinstance(choice, dict)]
+    # The chat endpoint's first chunk names the role and holds no text.
+    return bool(deltas) and all(
+        isinstance(delta, dict) and not any(delta.get(key) for key in delta if key != "role") for delta in deltas
+    ) and not any(choice.get("finish_reason") for choice in event["choices"])
