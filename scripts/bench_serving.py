@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from serving import plots, report
 from serving.load import EXTRA_FIELDS, Endpoint
 from serving.stats import Run, run_from_json, run_to_json
 from serving.sweep import Settings, run
+from serving.table import table
 from serving.workloads import WORKLOADS, Sizes, parse_names
 
 NANO_VARIANTS = ("off", "mtp", "adaptive")
@@ -83,10 +83,7 @@ def command_run(options: argparse.Namespace) -> list[Run]:
 
 def command_report(options: argparse.Namespace) -> list[Run]:
     runs = [found for path in options.files for found in load(path)]
-    if options.html:
-        options.html.write_text(report.html(runs))
-    if options.png:
-        options.png.write_bytes(plots.overview(runs))
+    write_report(runs, options.html, options.png)
     return runs
 
 
@@ -107,9 +104,17 @@ def command_nano(options: argparse.Namespace) -> list[Run]:
             pool.stop_all()
     data = {"runs": [run_to_json(found) for found in runs]}
     options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    options.out.with_suffix(".html").write_text(report.html(runs))
-    options.out.with_suffix(".png").write_bytes(plots.overview(runs))
+    write_report(runs, options.out.with_suffix(".html"), options.out.with_suffix(".png"))
     return runs
+
+
+def write_report(runs: list[Run], html: Path | None, png: Path | None) -> None:
+    from serving import plots, report  # only here: `run` works where there is no matplotlib
+
+    if html:
+        html.write_text(report.html(runs))
+    if png:
+        png.write_bytes(plots.overview(runs))
 
 
 def load(path: Path) -> list[Run]:
@@ -173,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs = options.command(options)
     except ValueError as error:
         raise SystemExit(f"bench_serving: {error}") from None
-    print(report.table(runs))
+    print(table(runs))
     print(json.dumps(summary(runs)))
 
 

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .stats import Cell, Run
+from .stats import Cell, Run, workloads_of
 
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 Points = tuple[float | None, float | None]  # the bar, and the end of its whisker
@@ -30,11 +30,6 @@ ROWS: tuple[tuple[str, Callable[[Cell], Points]], ...] = (
     ("accept length", lambda cell: (cell.accept_length, None)),
     ("cache hit rate", lambda cell: (cell.cache_hit_rate, None)),
 )
-
-
-def workloads_of(runs: Sequence[Run]) -> list[str]:
-    """In the order in which they first appear."""
-    return list(dict.fromkeys(cell.workload for run in runs for cell in run.cells))
 
 
 def _bars(axes: Axes, runs: Sequence[Run], workload: str, read: Callable[[Cell], Points]) -> None:

@@ -136,6 +136,11 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
+def workloads_of(runs: Sequence[Run]) -> list[str]:
+    """In the order in which they first appear."""
+    return list(dict.fromkeys(cell.workload for run in runs for cell in run.cells))
+
+
 def run_to_json(run: Run) -> dict:
     return asdict(run)
 
