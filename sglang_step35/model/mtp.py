@@ -59,12 +59,12 @@ class MTPLayer(nn.Module):
         self, embeds: Tensor, positions: Tensor, hidden: Tensor, forward_batch: ForwardBatch
     ) -> Tensor:
         """embeds, hidden [T, H] -> [T, H] before `shared_head_norm`."""
+        if self.uses_plain_torch:
+            return plain.mtp_layer(self, embeds, hidden, forward_batch)
         x = embeds
         if len(x) > 0:
             # The embedding half first, as in the checkpoint's eh_proj.
             x, _ = self.eh_proj(torch.cat((self.enorm(embeds), self.hnorm(hidden)), dim=-1))
-        if self.uses_plain_torch:
-            return plain.decoder_layers((self.block,), x, forward_batch)
         residual_batch.start(forward_batch)
         x = self.block(positions, x, forward_batch)
         x = residual_batch.complete_output(x, forward_batch)
@@ -136,8 +136,9 @@ class Step3p5MTP(nn.Module):
         """
         if depth == 0 or positions is not self.rows.positions:
             self.rows.start(positions)
-        embeds = self.tables.embedding(depth)(input_ids)
-        return self.layers[depth](embeds, positions, hidden, forward_batch)
+        layer, table = self.layers[depth], self.tables.embedding(depth)
+        embeds = plain.embed(input_ids, table) if layer.uses_plain_torch else table(input_ids)
+        return layer(embeds, positions, hidden, forward_batch)
 
     @torch.no_grad()
     def compute_logits(

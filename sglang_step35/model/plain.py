@@ -8,7 +8,9 @@ R rows, V vocabulary.
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -20,6 +22,10 @@ from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.experts import run_experts, runs_plain_torch
 from sglang_step35.model.mlp import MLP, swiglu
 from sglang_step35.model.moe import MoE, choose_experts
+from sglang_step35.model.norm import RMSNorm, rms_norm
+
+if TYPE_CHECKING:
+    from sglang_step35.model.mtp import MTPLayer
 
 
 def usable(quant_config) -> bool:
@@ -39,9 +45,22 @@ def usable(quant_config) -> bool:
 def decoder_layers(layers: Iterable[DecoderLayer], x: Tensor, forward_batch) -> Tensor:
     """x [T, H] -> [T, H], the residual stream before and after the layers."""
     for layer in layers:
-        x = x + _attention(layer.self_attn, layer.input_layernorm.forward_native(x), forward_batch)
-        x = x + _ffn(layer.mlp, layer.post_attention_layernorm.forward_native(x))
+        x = x + _attention(layer.self_attn, _norm(layer.input_layernorm, x), forward_batch)
+        x = x + _ffn(layer.mlp, _norm(layer.post_attention_layernorm, x))
     return x
+
+
+def mtp_layer(layer: "MTPLayer", embeds: Tensor, hidden: Tensor, forward_batch) -> Tensor:
+    """embeds, hidden [T, H] -> [T, H]: `MTPLayer.forward`, both norms at once."""
+    scales = torch.stack((layer.enorm.scale, layer.hnorm.scale))
+    pair = rms_norm(torch.stack((embeds, hidden), dim=1), scales, layer.enorm.eps_length)  # [T, 2, H]
+    x = F.linear(pair.flatten(1), layer.eh_proj.weight)
+    return decoder_layers((layer.block,), x, forward_batch)
+
+
+def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:
+    """ids [T] -> [T, H]."""
+    return F.embedding(ids, table.weight)
 
 
 def logits(hidden: Tensor, table: VocabParallelEmbedding) -> Tensor:
@@ -49,10 +68,12 @@ def logits(hidden: Tensor, table: VocabParallelEmbedding) -> Tensor:
     return F.linear(hidden, table.weight)[:, : table.org_vocab_size].float()
 
 
+def _norm(module: RMSNorm, x: Tensor) -> Tensor:
+    return rms_norm(x, module.scale, module.eps_length)
+
+
 def _attention(module: GatedAttention, x: Tensor, forward_batch) -> Tensor:
-    qkv = F.linear(x, module.qkv_proj.weight)
-    q, k, v = module.qk_norm_rope.forward_native(None, qkv)  # [T, Q D], [T, K D], [T, K D]
-    k, v = (keys.unflatten(-1, (-1, module.head_dim)) for keys in (k, v))
+    q, k, v = module.qk_norm_rope.heads(F.linear(x, module.qkv_proj.weight))
     out = get_attn_backend().forward(q, k, v, module.attn, forward_batch)
     if module.g_proj is not None:
         out = module.gate_heads(out, F.linear(x, module.g_proj.weight))

@@ -79,15 +79,18 @@ class QKNormRope(BaseFusedOp):
         return q, k, v
 
     def forward_native(self, positions: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same on q and k at once, in float32; positions are the ones `rows` was started with."""
-        q_size, k_size, v_size = self.sizes
-        qk, v = qkv.split([q_size + k_size, v_size], dim=-1)
-        qk = qk.unflatten(-1, (-1, self.head_dim)).float()  # [T, Q + K, D]
-        qk = rms_norm(qk, self._scales(), self.q_norm.eps_length)
+        """The same on q and k at once; positions are the ones `rows` was started with."""
+        q, k, v = self.heads(qkv)
+        return q.flatten(1), k.flatten(1), v.flatten(1)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [T, (Q + 2 K) D] -> q [T, Q, D], k [T, K, D], v [T, K, D]; computed in float32."""
+        q_heads, k_heads, _ = (size // self.head_dim for size in self.sizes)
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        qk = rms_norm(heads[:, : q_heads + k_heads].float(), self._scales(), self.q_norm.eps_length)
         own, swapped = self.rows.get(self.rope)
-        qk = torch.addcmul(qk * own, self._swap_halves(qk), swapped)
-        q, k = qk.to(qkv.dtype).flatten(1).split([q_size, k_size], dim=-1)
-        return q, k, v
+        qk = torch.addcmul(qk * own, self._swap_halves(qk), swapped).to(qkv.dtype)
+        return qk[:, :q_heads], qk[:, q_heads:], heads[:, q_heads + k_heads :]
 
     def _scales(self) -> Tensor:
         """[Q + K, D] float32: the scale of q_norm for each query head, of k_norm for each key head."""

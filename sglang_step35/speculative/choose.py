@@ -25,12 +25,13 @@ class DraftChooser:
         positions: Tensor,
         *,
         num_steps: int,
-        thresholds: list[float],
+        thresholds: list[float] | None,
         calibration: list[float],
     ):
         """positions: [B], where each request stands; seeds its random stream.
 
-        thresholds: [num_steps], chance of acceptance below which a draft is not worth its layer.
+        thresholds: [num_steps], chance of acceptance below which a draft is not worth its layer;
+        None where the depth is fixed, which spares the confidences.
         calibration: chance of acceptance by equal bins of a layer's confidence in its draft.
         """
         self.num_steps = num_steps
@@ -51,13 +52,14 @@ class DraftChooser:
             proposal = self.rule.distribution(logits[:, None]).squeeze(1)
             coin = self.rule.coins(self.positions, _FIRST_DRAFT_STREAM + layer).squeeze(1)
             draft = inverse_cdf(proposal, coin)
-            confidence = proposal.gather(1, draft[:, None]).squeeze(1)
             self.proposals.append(proposal)
         else:
-            logits = logits.float()
-            best, draft = logits.max(-1)
-            confidence = (best - logits.logsumexp(-1)).exp()
-        self._keep(layer, draft, confidence)
+            draft = logits.argmax(-1)
+        kept = draft
+        if self.thresholds is not None:
+            probs = proposal if self.sampled else logits.float().softmax(-1)
+            kept = self._worthwhile(layer, draft, probs.gather(1, draft[:, None]).squeeze(1))
+        self.drafts.append(kept)
         return draft
 
     @property
@@ -65,29 +67,32 @@ class DraftChooser:
         """Whether no request drafts on; reads the device, so only asked where that is free."""
         return self.alive is not None and not bool(self.alive.any())
 
-    def _keep(self, layer: int, draft: Tensor, confidence: Tensor) -> None:
-        kept = draft
-        if self.thresholds[layer] > 0:
-            table = torch.tensor(self.calibration, device=draft.device)
-            bins = (confidence * len(table)).long().clamp(max=len(table) - 1)
-            self.reach = self.reach * table[bins]
-            alive = self.reach >= self.thresholds[layer]
-            self.alive = alive if self.alive is None else self.alive & alive
-            kept = torch.where(self.alive, draft, NO_DRAFT)
-        self.drafts.append(kept)
+    def _worthwhile(self, layer: int, draft: Tensor, confidence: Tensor) -> Tensor:
+        """The drafts [B], NO_DRAFT where the chance of being reached is below the threshold."""
         self.confidences.append(confidence)
+        if self.thresholds[layer] <= 0:
+            return draft
+        table = torch.tensor(self.calibration, device=draft.device)
+        bins = (confidence * len(table)).long().clamp(max=len(table) - 1)
+        self.reach = self.reach * table[bins]
+        alive = self.reach >= self.thresholds[layer]
+        self.alive = alive if self.alive is None else self.alive & alive
+        return torch.where(self.alive, draft, NO_DRAFT)
 
     def draft_input(self, bonus: Tensor) -> EagleDraftInput:
         """What the scheduler relays to the next round; bonus: [B] token ids.
 
         Steps without a draft are filled with NO_DRAFT, because the relay has a fixed width.
         """
-        missing = self.num_steps - len(self.drafts)
-        empty = torch.full_like(bonus, NO_DRAFT, dtype=torch.int64)
-        confidences = self.confidences + [empty * 0.0] * missing
+        drafts = bonus.new_full((len(bonus), self.num_steps), NO_DRAFT, dtype=torch.int64)
+        confidences = torch.zeros(drafts.shape, device=drafts.device)
+        for step, draft in enumerate(self.drafts):
+            drafts[:, step] = draft
+        for step, confidence in enumerate(self.confidences):
+            confidences[:, step] = confidence
         return EagleDraftInput(
-            topk_p=torch.stack(confidences, dim=1).float(),
-            topk_index=torch.stack(self.drafts + [empty] * missing, dim=1),
+            topk_p=confidences,
+            topk_index=drafts,
             bonus_tokens=bonus,
             num_tokens_per_req=1,
             num_tokens_for_logprob_per_req=1,

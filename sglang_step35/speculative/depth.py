@@ -76,27 +76,31 @@ class DepthPlanner:
         The time from one round's start to the next, for an unchanged batch, is what a round costs,
         scheduling included.
         """
+        if rids:  # idle batches are not reported back
+            self._pending.append((len(rids), offered, confidences))
         if not self.settings.adaptive:
             return
         now, depth = self._clock(), max(offered, default=0)
         if self._last is not None and self._last[1] == rids and self._last[2] == depth:
             self._controller(len(rids)).observe_round(depth, now - self._last[0])
         self._last = (now, rids, depth)
-        self._pending.append((len(rids), offered, confidences))
 
-    def observe(self, accepted: list[int]) -> None:
-        """Accepted drafts of each request of the oldest round not yet reported."""
-        if not self._pending:
-            return
+    def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
+        """Accepted drafts of each request of the oldest round not yet reported.
+
+        Returns that round's drafts by position: those verification reached, those it accepted.
+        """
         size, offered, confidences = self._pending.popleft()
-        for count, hits, chances in zip(offered, accepted, confidences, strict=False):
-            for i in range(min(count, hits + 1)):
-                self.calibration.observe(chances[i], hits > i)
-        depths = range(self.settings.num_steps)
-        pairs = list(zip(offered, accepted, strict=False))
-        tries = [sum(o > i and a >= i for o, a in pairs) for i in depths]
-        hits = [sum(o > i and a > i for o, a in pairs) for i in depths]
-        self._controller(size).observe_acceptance(tries, hits)
+        pairs = list(zip(offered, accepted, strict=True))
+        positions = range(self.settings.num_steps)
+        tries = [sum(o > i and a >= i for o, a in pairs) for i in positions]
+        hits = [sum(o > i and a > i for o, a in pairs) for i in positions]
+        if self.settings.adaptive:
+            self._controller(size).observe_acceptance(tries, hits)
+            for (count, kept), chances in zip(pairs, confidences, strict=False):
+                for i in range(min(count, kept + 1)):
+                    self.calibration.observe(chances[i], kept > i)
+        return tries, hits
 
     def next_depth(self, batch_size: int) -> int:
         """Drafts of the next round."""
@@ -104,11 +108,16 @@ class DepthPlanner:
             return self.settings.num_steps
         return self._controller(batch_size).next_depth()
 
-    def thresholds(self, batch_size: int) -> list[float]:
-        """Per layer after the first: the chance of being reached below which it does not pay."""
+    def thresholds(self, batch_size: int) -> list[float] | None:
+        """Per layer: the chance of being reached below which it does not pay; None at fixed depth."""
         if not self.settings.adaptive:
-            return [0.0] * self.settings.num_steps
+            return None
         return self._controller(batch_size).thresholds()
+
+    @property
+    def no_thresholds(self) -> list[float] | None:
+        """Thresholds that let every draft pass."""
+        return [0.0] * self.settings.num_steps if self.settings.adaptive else None
 
     def _controller(self, batch_size: int) -> DepthController:
         bucket = max(1, batch_size).bit_length()

@@ -9,7 +9,7 @@ A round of a request with m committed positions and the bonus token x_m:
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-from sglang.srt.runtime_context import attention_backends, get_spec
+from sglang.srt.runtime_context import attention_backends, get_parallel, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
@@ -18,6 +18,7 @@ from sglang_step35.speculative.choose import DraftChooser
 from sglang_step35.speculative.depth import DepthPlanner, LayerLag
 from sglang_step35.speculative.device import drafted_counts, host_confidences
 from sglang_step35.speculative.draft import MTPDraftWorker
+from sglang_step35.speculative.metrics import DraftCounters
 from sglang_step35.speculative.penalties import OutputCounts, PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.rows import MTPRows, window_rows
@@ -59,6 +60,10 @@ class Step35SpecWorker(BaseSpecWorker):
         # The scheduler tops up every request's KV slots from this before each round.
         EagleDraftInput.ALLOC_LEN_PER_DECODE = self.settings.num_draft_tokens
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
+        self.draft_counters = None
+        if server_args.enable_metrics and get_parallel().tp_rank == 0:
+            name = server_args.served_model_name
+            self.draft_counters = DraftCounters(name, self.settings.num_steps)
 
     @property
     def last_shared_read_runner(self):
@@ -117,7 +122,7 @@ class Step35SpecWorker(BaseSpecWorker):
         rows = prefill.rows(result.next_token_ids)
         hidden = prefill.hidden(result.logits_output.hidden_states)
         prefill.remember(rows, hidden)
-        chooser = self._chooser(batch, batch.seq_lens, thresholds=[0.0] * steps)
+        chooser = self._chooser(batch, batch.seq_lens, self.depths.no_thresholds)
         self._draft_worker.run(batch, rows, hidden, steps, chooser)
         self.proposals.put(prefill.pool_indices, chooser.proposals)
         result.next_draft_input = chooser.draft_input(result.next_token_ids)
@@ -153,7 +158,7 @@ class Step35SpecWorker(BaseSpecWorker):
         depth = self.depths.next_depth(len(pool_rows))
         thresholds = self.depths.thresholds(len(pool_rows))
         if self.lag.must_catch_up(pool_rows, width, steps + 1):
-            depth, thresholds = steps, [0.0] * steps
+            depth, thresholds = steps, self.depths.no_thresholds
         chooser = self._chooser(batch, outcome.result.new_seq_lens, thresholds)
         ran = 0
         if depth:
@@ -189,7 +194,9 @@ class Step35SpecWorker(BaseSpecWorker):
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req, batch_size: int = 0) -> None:
         """SGLang's report of a round's accepted drafts per request, on the host."""
-        self.depths.observe(num_correct_drafts_per_req)
+        offered, accepted = self.depths.observe(num_correct_drafts_per_req)
+        if self.draft_counters is not None:
+            self.draft_counters.add(offered, accepted)
 
     def _remember_round(self, pool_rows: Tensor, seq_lens: Tensor, outcome) -> None:
         """Put the window's hidden states and tokens into the rings.
@@ -202,7 +209,7 @@ class Step35SpecWorker(BaseSpecWorker):
         self.rings.put(owners, positions, outcome.hidden.view(size, width, -1))
         self.rings.put_tokens(owners, positions + 1, outcome.tokens.clamp(min=0))
 
-    def _chooser(self, batch, positions: Tensor, thresholds: list[float]) -> DraftChooser:
+    def _chooser(self, batch, positions: Tensor, thresholds: list[float] | None) -> DraftChooser:
         return DraftChooser(
             batch.sampling_info,
             positions,
