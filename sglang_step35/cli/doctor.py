@@ -6,8 +6,12 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sglang_step35 import SGLANG_VERSION, __version__, plugin, upstream
+
+if TYPE_CHECKING:
+    from sglang_step35.cli.seed_command import Device
 
 GROUPS = ("sglang.srt.plugins", "sglang.srt.platforms")
 
@@ -25,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Print the report; 1 when something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m sglang_step35 doctor", description=__doc__)
     parser.parse_args(argv)
-    findings = [finding for check in CHECKS for finding in check()]
+    findings = [finding for check in CHECKS for finding in _findings(check)]
     for finding in findings:
         mark = "WRONG" if finding.mend else "ok"
         print(f"{mark:5}  {finding.topic:10}  {finding.text}")
@@ -34,18 +38,29 @@ def main(argv: list[str]) -> int:
     return 1 if any(finding.mend for finding in findings) else 0
 
 
+def _findings(check: Callable[[], list[Finding]]) -> list[Finding]:
+    """What a check finds, also where a package it needs is absent or broken."""
+    try:
+        return check()
+    except ImportError as error:
+        mend = f"pip install sglang=={SGLANG_VERSION} sglang-step35"
+        return [Finding("import", f"{type(error).__name__}: {error}", mend)]
+
+
 def check_versions() -> list[Finding]:
     """Installed packages; SGLang must be the pinned one."""
     found = []
     for name in ("sglang", "torch", "transformers", "flashinfer-python"):
+        pinned = f"{name}=={SGLANG_VERSION}" if name == "sglang" else name
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding("versions", f"{name} is missing", f"install {name}"))
+            found.append(Finding("versions", f"{name} is missing", f"pip install {pinned}"))
             continue
         wrong = name == "sglang" and version != SGLANG_VERSION
-        mend = f"install sglang=={SGLANG_VERSION}" if wrong else None
-        found.append(Finding("versions", f"{name} {version}", mend))
+        found.append(
+            Finding("versions", f"{name} {version}", f"pip install {pinned}" if wrong else None)
+        )
     return [Finding("versions", f"sglang-step35 {__version__}"), *found]
 
 
@@ -53,13 +68,29 @@ def check_entry_points() -> list[Finding]:
     """Whether SGLang will find us, and whether an environment variable keeps it from it."""
     found = []
     for group in GROUPS:
-        names = [entry.name for entry in importlib.metadata.entry_points(group=group)]
-        mend = None if "step35" in names else "reinstall sglang-step35 (pip install .)"
+        entries = importlib.metadata.entry_points(group=group)
+        names = [entry.name for entry in entries]
+        ours = [entry for entry in entries if entry.name == "step35"]
+        foreign = [entry.value for entry in ours if not entry.value.startswith("sglang_step35.")]
+        mend = None if ours else "reinstall sglang-step35 (pip install .)"
+        if foreign:
+            mend = f"uninstall the package that names {foreign[0]} step35"
         found.append(Finding("plug-in", f"{group}: {', '.join(names) or 'none'}", mend))
+    return [*found, *_check_choices()]
+
+
+def _check_choices() -> list[Finding]:
+    """SGLang's own variables that choose among plug-ins."""
+    found = []
     allowed = os.environ.get("SGLANG_PLUGINS")
     if allowed and "step35" not in [name.strip() for name in allowed.split(",")]:
         text = f"SGLANG_PLUGINS={allowed} leaves step35 out"
         found.append(Finding("plug-in", text, "unset SGLANG_PLUGINS or add step35 to it"))
+    platforms = [entry.name for entry in importlib.metadata.entry_points(group=GROUPS[1])]
+    chosen = os.environ.get("SGLANG_PLATFORM")
+    if chosen and chosen not in platforms:
+        text = f"SGLANG_PLATFORM={chosen} names no installed platform"
+        found.append(Finding("plug-in", text, "unset SGLANG_PLATFORM, or set it to step35"))
     return found
 
 
@@ -83,28 +114,44 @@ def check_registration() -> list[Finding]:
     try:
         plugin.register()
     except SystemExit as error:
-        return [Finding("register", str(error), "see the message")]
+        mend = f"mend what stands above, else reinstall sglang=={SGLANG_VERSION} and sglang-step35"
+        return [Finding("register", str(error), mend)]
     return [Finding("register", "model, config, hooks and caches registered")]
 
 
 def check_machine() -> list[Finding]:
-    """Platform, device and what the README's serving command would use here."""
+    """Platform, devices, and what the README's serving command would do here."""
     import psutil
-    import torch
+
+    from sglang_step35.cli.seed_command import outcome
 
     memory = psutil.virtual_memory().total / 2**30
-    cores = os.cpu_count()
-    found = [Finding("machine", f"{platform.machine()}, {cores} cores, {memory:.0f} GiB memory")]
-    chosen = plugin.activate_platform()
-    if chosen is not None:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
+    found = [Finding("machine", machine)]
+    if plugin.activate_platform() is not None:
+        devices = ()
         text = f"portable CPU platform ({plugin.ATTENTION_BACKEND} attention, no GPU needed)"
-        found.append(Finding("platform", text))
-        text = "would load on the CPU: enough memory and patience for the nano checkpoint only"
-        return [*found, Finding("serve", text)]
-    for index in range(torch.accelerator.device_count()):
-        found.append(Finding("device", torch.cuda.get_device_name(index)))
-    text = "SGLang's own CUDA platform with our model and MTP worker"
-    return [*found, Finding("platform", text)]
+    else:
+        devices = cuda_devices()
+        text = "SGLang's own platform with our model and MTP worker"
+    for device in devices:
+        version = ".".join(map(str, device.capability))
+        found.append(Finding("device", f"{device.name}, {device.memory} MiB, SM {version}"))
+    found.append(Finding("platform", text))
+    return [*found, *(Finding("serve", line) for line in outcome(devices, memory))]
+
+
+def cuda_devices() -> "tuple[Device, ...]":
+    """The CUDA devices torch sees."""
+    import torch
+
+    from sglang_step35.cli.seed_command import Device
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(Device(facts.name, facts.total_memory >> 20, (facts.major, facts.minor)))
+    return tuple(found)
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (
