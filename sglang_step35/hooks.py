@@ -14,6 +14,7 @@ from sglang_step35.plugin import ARCHITECTURES, ATTENTION_BACKEND
 _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
+_ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -81,6 +82,7 @@ def _hooks() -> list[Hook]:
         skip_short_insert,
     )
     from sglang_step35.http.admission import generate
+    from sglang_step35.http.anthropic import Step35AnthropicServing
     from sglang_step35.http.middleware import install as install_error_format
     from sglang_step35.http.ollama import Step35OllamaServing
     from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
@@ -97,6 +99,8 @@ def _hooks() -> list[Hook]:
         Hook(f"{_TOKENIZER_MANAGER}.generate_request", "around", generate),
         # The last step before the HTTP server starts; SGLang has no registry for middleware.
         Hook("sglang.srt.utils.common.set_uvicorn_logging_configs", "after", install_error_format),
+        # Thinking that cannot be switched off, and stop sequences.
+        Hook(f"{_ANTHROPIC}.serving.AnthropicServing", "replace", Step35AnthropicServing),
         # Stock's Ollama API loses text, tools and reasoning.
         Hook(f"{_OLLAMA}.serving.OllamaServing", "replace", Step35OllamaServing),
         Hook(f"{_OLLAMA}.protocol.OllamaChatRequest", "replace", OllamaChatRequest),

@@ -173,6 +173,15 @@ TABLE: tuple[Upstream, ...] = (
     Upstream(
         f"{_SRT}.utils.common.set_uvicorn_logging_configs", _params("server_args"), hooked=True
     ),
+    Upstream(f"{_SRT}.entrypoints.anthropic.serving.AnthropicServing", hooked=True),
+    Upstream(
+        f"{_SRT}.entrypoints.anthropic.serving.AnthropicServing._handle_non_streaming",
+        _params("self chat_request anthropic_request raw_request"),
+    ),
+    Upstream(
+        f"{_SRT}.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
+        _params("self adapted_request request raw_request"),
+    ),
     Upstream(
         f"{_SRT}.entrypoints.ollama.serving.OllamaServing.__init__",
         _params("self tokenizer_manager"),

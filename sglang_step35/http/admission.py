@@ -18,7 +18,14 @@ REFUSED = "sglang_step35.refused"  # key of the ASGI scope
 MAX_SAMPLES = 1024  # of one prompt: each is a request of its own, made before the first one runs
 INT32, INT64 = 2**31, 2**63
 # Filled by SGLang itself while it normalizes; from outside they would skip that.
-_INTERNAL = {"stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized"}
+_INTERNAL = {
+    "stop_strs",
+    "stop_regex_strs",
+    "stop_str_max_len",
+    "stop_regex_max_len",
+    "is_normalized",
+}
+_BY_PROMPT = ("return_logprob", "top_logprobs_num", "logprob_start_len", "rid", "sampling_params")
 
 
 async def generate(stock, manager, obj, request=None):
@@ -55,11 +62,13 @@ def admit(manager, obj: GenerateReqInput) -> None:
 def _check_lists(obj: GenerateReqInput) -> None:
     """One value for each prompt, and lists only beside a list of prompts."""
     prompts = obj.text if obj.text is not None else obj.input_ids
-    batch = len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else None
-    for name in ("return_logprob", "top_logprobs_num", "logprob_start_len", "rid", "sampling_params"):
+    if not prompts:
+        return
+    batch = None if isinstance(prompts, str) or isinstance(prompts[0], int) else len(prompts)
+    for name in _BY_PROMPT:
         values = getattr(obj, name)
-        if prompts is not None and isinstance(values, list) and len(values) != batch:
-            raise ValueError(f"{name} is a list of {len(values)}: it must hold one value for each prompt of a batch")
+        if isinstance(values, list) and len(values) != batch:
+            raise ValueError(f"{name} must be one value, or one for each prompt of a batch")
 
 
 def check_sampling(params: object, params_class: type) -> None:

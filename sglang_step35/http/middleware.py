@@ -81,7 +81,7 @@ def _problem(error: Exception) -> Problem:
     # Validators of SGLang's request classes read a body before its types are checked.
     frames = traceback.walk_tb(error.__traceback__)
     if any(frame.f_code.co_name == "request_body_to_args" for frame, _ in frames):
-        return Problem(400, f"The request does not have the structure this endpoint expects ({error})")
+        return Problem(400, f"The body is not what this endpoint expects ({error})")
     logger.error("Request failed", exc_info=error)
     return Problem(500, "Internal server error")
 
@@ -136,9 +136,10 @@ class _Reply:
             problem = replace(problem, status=400)
         body = json.dumps(self._dialect(problem)).encode()
         kept = [] if self._start is None else self._start["headers"]
-        headers = [pair for pair in kept if pair[0].lower() not in (b"content-type", b"content-length")]
-        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": problem.status, "headers": headers})
+        ours = {b"content-type": b"application/json", b"content-length": str(len(body)).encode()}
+        headers = [pair for pair in kept if pair[0].lower() not in ours] + list(ours.items())
+        start = {"type": "http.response.start", "status": problem.status, "headers": headers}
+        await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
 
@@ -172,8 +173,13 @@ def _opens(event: object) -> bool:
         return False
     if event.get("type") in OPENING:
         return True
-    deltas = [choice.get("delta") for choice in event.get("choices") or () if isinstance(choice, dict)]
-    # The chat endpoint's first chunk names the role and holds no text.
-    return bool(deltas) and all(
-        isinstance(delta, dict) and not any(delta.get(key) for key in delta if key != "role") for delta in deltas
-    ) and not any(choice.get("finish_reason") for choice in event["choices"])
+    choices = [choice for choice in event.get("choices") or () if isinstance(choice, dict)]
+    return bool(choices) and all(_names_the_role(choice) for choice in choices)
+
+
+def _names_the_role(choice: dict) -> bool:
+    """The chat endpoint's first chunk: a role and nothing else."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict) or choice.get("finish_reason"):
+        return False
+    return not any(value for key, value in delta.items() if key != "role")

@@ -66,7 +66,8 @@ class Step35OllamaServing(OllamaServing):
         calls: dict[int, dict] = {}
         finish, usage = None, None
         async for event in events:
-            data = (event if isinstance(event, str) else event.decode()).removeprefix("data:").strip()
+            text = event if isinstance(event, str) else event.decode()
+            data = text.removeprefix("data:").strip()
             if not data or data == "[DONE]":
                 continue
             chunk = json.loads(data)
@@ -89,8 +90,8 @@ class Step35OllamaServing(OllamaServing):
         return json.dumps(self._stamped(content)).encode() + b"\n"
 
     def _stamped(self, content: dict) -> dict:
-        stamp = {"model": self.tokenizer_manager.served_model_name, "created_at": self._get_timestamp()}
-        return stamp | content
+        name = self.tokenizer_manager.served_model_name
+        return {"model": name, "created_at": self._get_timestamp(), **content}
 
 
 class _Piece:
@@ -159,7 +160,8 @@ def _end(finish_reason: str | None, usage: dict | None, started: int) -> dict:
 def _raw_completion(request) -> CompletionRequest:
     chat = request.to_chat()
     shared = chat.model_fields_set & CompletionRequest.model_fields.keys()
-    return CompletionRequest(prompt=request.prompt, **{name: getattr(chat, name) for name in shared})
+    fields = {name: getattr(chat, name) for name in shared}
+    return CompletionRequest(prompt=request.prompt, **fields)
 
 
 def _first_problem(error: ValueError) -> str:

@@ -120,7 +120,8 @@ def _openai_messages(messages: list[OllamaChatMessage]) -> list[dict]:
             if message.thinking:
                 entry["reasoning_content"] = message.thinking
             if message.tool_calls:
-                calls = [_openai_call(len(found), i, call) for i, call in enumerate(message.tool_calls)]
+                numbered = enumerate(message.tool_calls)
+                calls = [_openai_call(len(found), i, call) for i, call in numbered]
                 waiting += [call["id"] for call in calls]
                 entry["tool_calls"] = calls
         elif message.role == "tool":

@@ -1,0 +1,101 @@
+"""Anthropic Messages for a model that always reasons."""
+
+import copy
+import json
+from collections.abc import AsyncIterator
+
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+
+
+class Step35AnthropicServing(AnthropicServing):
+    """Replaces AnthropicServing.
+
+    Kept: the translation to the chat endpoint and back. Replaced, because stock (0.5.23)
+    - refuses or ignores `thinking: disabled`: Step-3.5 reasons anyway, so the thinking is left
+      out of the answer instead;
+    - reports a stop sequence as "end_turn", without naming it.
+    """
+
+    _hidden = False  # whether this request's thinking is
+
+    def _convert_to_chat_completion_request(self, anthropic_request):
+        if _hides(anthropic_request):
+            anthropic_request = anthropic_request.model_copy(update={"thinking": None})
+        return super()._convert_to_chat_completion_request(anthropic_request)
+
+    async def _handle_non_streaming(self, chat_request, anthropic_request, raw_request):
+        one = copy.copy(self)  # the conversion of the answer does not see the request
+        one._hidden = _hides(anthropic_request)
+        return await super(Step35AnthropicServing, one)._handle_non_streaming(
+            chat_request, anthropic_request, raw_request
+        )
+
+    def _convert_response(self, response):
+        if self._hidden and response.choices:
+            response.choices[0].message.reasoning_content = None
+        answer = super()._convert_response(response)
+        stop = response.choices[0].matched_stop if response.choices else None
+        if isinstance(stop, str):  # a token id otherwise
+            answer.stop_reason, answer.stop_sequence = "stop_sequence", stop
+        return answer
+
+    async def _generate_anthropic_stream(self, adapted, processed, anthropic_request, raw_request):
+        one = copy.copy(self)
+        chat = one.openai_serving_chat = _WithStop(self.openai_serving_chat)
+        events = super(Step35AnthropicServing, one)._generate_anthropic_stream(
+            adapted, processed, anthropic_request, raw_request
+        )
+        if _hides(anthropic_request):
+            events = _without_thinking(events)
+        async for event in events:
+            if chat.stop is not None and event.startswith("event: message_delta\n"):
+                payload = _payload(event)
+                payload["delta"] = {"stop_reason": "stop_sequence", "stop_sequence": chat.stop}
+                event = _event(payload)
+            yield event
+
+
+class _WithStop:
+    """The chat endpoint for one stream, remembering the stop sequence that ended it."""
+
+    def __init__(self, chat):
+        self._chat = chat
+        self.stop: str | None = None
+
+    def __getattr__(self, name):
+        return getattr(self._chat, name)
+
+    async def _generate_chat_stream(self, *request) -> AsyncIterator[str]:
+        async for event in self._chat._generate_chat_stream(*request):
+            if '"matched_stop":"' in event:
+                for choice in _payload(event).get("choices", ()):
+                    self.stop = choice.get("matched_stop") or self.stop
+            yield event
+
+
+async def _without_thinking(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Leaves the thinking blocks out and numbers the others without them."""
+    hidden: set[int] = set()
+    async for event in events:
+        payload = _payload(event)
+        index = payload.get("index")
+        if payload.get("content_block", {}).get("type") == "thinking":
+            hidden.add(index)
+        if index in hidden:
+            continue
+        if index is not None:
+            payload["index"] = index - len(hidden)
+        yield _event(payload)
+
+
+def _hides(anthropic_request) -> bool:
+    thinking = anthropic_request.thinking
+    return thinking is not None and thinking.type == "disabled"
+
+
+def _payload(event: str) -> dict:
+    return json.loads(event.partition("data: ")[2])
+
+
+def _event(payload: dict) -> str:
+    return f"event: {payload['type']}\ndata: {json.dumps(payload)}\n\n"
