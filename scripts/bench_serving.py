@@ -94,12 +94,16 @@ def command_nano(options: argparse.Namespace) -> list[Run]:
 
     flags = {"off": (), "mtp": MTP_ARGS, "adaptive": (*MTP_ARGS, "--speculative-adaptive")}
     common = (*NANO_ARGS, "--dtype", "bfloat16", "--enable-metrics", "--enable-cache-report")
+    groups = [(name,) for name in options.variants] if options.one_at_a_time else [options.variants]
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         pool = ServerPool(Path(folder))
         try:
-            servers = {variant: pool.get(*common, *flags[variant]) for variant in options.variants}
-            targets = {variant: Endpoint(server.url, "step3p5-nano") for variant, server in servers.items()}
-            runs = asyncio.run(run(targets, settings_of(options), say=complain))
+            for group in groups:
+                servers = {name: pool.get(*common, *flags[name]) for name in group}
+                targets = {name: Endpoint(server.url, "step3p5-nano") for name, server in servers.items()}
+                runs += asyncio.run(run(targets, settings_of(options), say=complain))
+                pool.stop_all()
         finally:
             pool.stop_all()
     data = {"runs": [run_to_json(found) for found in runs]}
@@ -164,6 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=("off", "mtp"),
         help=f"two of {', '.join(NANO_VARIANTS)}",
     )
+    nano.add_argument("--one-at-a-time", action="store_true", help="half the memory, but no turns between servers")
     add_settings(nano, requests=12, tokens=64)
     nano.set_defaults(command=command_nano)
     return parser.parse_args(arguments)
