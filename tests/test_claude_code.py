@@ -132,12 +132,12 @@ def test_a_tool_call_and_its_result(run, server):
     blocks = [block for message in turns for block in message["message"]["content"]]
     calls = [block for block in blocks if block["type"] == "tool_use"]
     results = [block for block in blocks if block["type"] == "tool_result"]
-    assert [call["name"] for call in calls] == ["mcp__lab__press"] * 2
-    assert all(isinstance(call["input"]["on"], bool) for call in calls)
+    assert {call["name"] for call in calls} == {"mcp__lab__press"}
+    assert isinstance(calls[0]["input"]["on"], bool)
     assert results[0]["tool_use_id"] == calls[0]["id"] and not results[0].get("is_error")
     assert f"switch pressed: {calls[0]['input']['on']}" in json.dumps(results[0]["content"])
     assert printed[-1]["subtype"] == "error_max_turns"
-    assert posts(server) - before == 2
+    assert posts(server) - before >= 2  # more where a turn ran into its token limit and was resumed
 
 
 @pytest.mark.server
