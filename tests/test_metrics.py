@@ -12,8 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from servers import MTP_ARGS, NANO_ARGS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Counters of our speculative worker. Delete a name here once the server exposes it.
-NOT_EXPOSED_YET = ("sglang:spec_accepted_drafts_total", "sglang:spec_offered_drafts_total")
 METRICS_ARGS = (*NANO_ARGS, *MTP_ARGS, "--enable-metrics", "--enable-cache-report")
 SELECTOR = re.compile(r"(?:by \((?P<groups>[^)]*)\) \((?:rate\()?)?(?P<name>sglang:\w+)(?:\{(?P<labels>[^}]*)\})?")
 
@@ -55,7 +53,7 @@ def exposed(serve) -> dict[str, set[str]]:
 
 @pytest.mark.server
 def test_every_metric_of_the_dashboard_is_exposed(dashboard, exposed):
-    assert set(used(dashboard)) - set(exposed) - set(NOT_EXPOSED_YET) == set()
+    assert set(used(dashboard)) - set(exposed) == set()
 
 
 @pytest.mark.server
