@@ -4,11 +4,13 @@
                                     [--plot FILE]
     python scripts/bench_context.py --full-context
 
-One server after the other on the packaged nano checkpoint, bfloat16, one request at a time: ours
-with MTP and without, then SGLang's torch_native attention without speculation, twice: with the same
-flags, up to --stock-chunked-up-to tokens (it computes the whole sequence again for every chunk),
-and with the prompt as a single chunk, its best case. --full-context serves 262,144 tokens with MTP
-and a sliding-window pool of 8,192. Prints tables and ends in one JSON line.
+One server after the other, bfloat16, one request at a time: ours with MTP and without, then SGLang's
+torch_native attention without speculation. That one computes the whole sequence again for every
+chunk and for a hit, so that prompts past --stock-chunked-up-to go in as a single chunk, its best
+case, and are not repeated. The checkpoint has random weights and a quarter of the published heads
+(context/checkpoint.py); `--checkpoint nano` takes the packaged one. --full-context serves the whole
+context of 262,144 tokens with MTP and a sliding-window pool of 8,192, on the nano checkpoint unless
+told otherwise. Prints tables and ends in one JSON line.
 """
 
 import argparse
@@ -21,12 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from context.checkpoint import wide_checkpoint
 from context.report import HEADER, line, plot, ratio_table, ratios, sliding_table
 from context.serving import Measurement, measure, warm_up
 from context.sliding import sliding_curve
 from servers import MTP_ARGS, NANO_ARGS, ServerPool
 
 FULL_CONTEXT = 262144
+RESERVED = 16  # SGLang refuses a request whose tokens and draft windows do not fit the context
 MTP, PLAIN, STOCK, STOCK_WHOLE = "ours + MTP", "ours", "torch_native", "torch_native, one chunk"
 # SGLang's own attention reads the hybrid pool wrongly, so it gets a plain one.
 STOCK_ARGS = ("--attention-backend", "torch_native", "--disable-hybrid-swa-memory")
@@ -36,10 +40,10 @@ SLIDING_POOL = 8192
 def main() -> None:
     options = parse_options()
     results: list[Measurement] = []
-    model = ("--model-path", str(options.model)) if options.model else ()
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pool = ServerPool(Path(folder))
+        model = model_args(options, Path(folder))
         try:
             for variant, flags, lengths in runs(options):
                 flags = (*NANO_ARGS, *model, "--dtype", options.dtype, *flags)
@@ -61,11 +65,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--full-context", action="store_true", help="262,144 tokens instead, ours with MTP only")
     parser.add_argument("--tokens", type=int, default=96, help="decoded per length")
     parser.add_argument("--stock-tokens", type=int, default=24)
-    parser.add_argument("--model", type=Path, help="another checkpoint with the nano checkpoint's tokenizer")
+    parser.add_argument("--checkpoint", choices=["wide", "nano"], help="default: wide; nano with --full-context")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--plot", type=Path, help="also write a PNG here")
     return parser.parse_args()
+
+
+def model_args(options: argparse.Namespace, folder: Path) -> tuple[str, ...]:
+    """Server arguments beyond NANO_ARGS that pick the checkpoint."""
+    if options.checkpoint == "nano" or (options.full_context and options.checkpoint is None):
+        return ()
+    return "--model-path", str(wide_checkpoint(folder / "wide"))
 
 
 def lengths(text: str) -> list[int]:
@@ -75,7 +86,7 @@ def lengths(text: str) -> list[int]:
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...], list[int]]]:
     """(variant, server arguments, lengths) in the order to run them."""
     if options.full_context:
-        yield MTP, (*MTP_ARGS, *pool_args(FULL_CONTEXT)), [FULL_CONTEXT]
+        yield MTP, (*MTP_ARGS, *pool_args(FULL_CONTEXT)), [FULL_CONTEXT - RESERVED]
         return
     own = pool_args(max(options.lengths))
     yield MTP, (*MTP_ARGS, *own), options.lengths
@@ -83,9 +94,11 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...], li
     if options.stock_lengths:
         size = ("--max-total-tokens", str(max(options.stock_lengths) + 1024))
         chunked = [n for n in options.stock_lengths if n <= options.stock_chunked_up_to]
+        whole = [n for n in options.stock_lengths if n > options.stock_chunked_up_to]
         if chunked:
             yield STOCK, (*STOCK_ARGS, *size), chunked
-        yield STOCK_WHOLE, (*STOCK_ARGS, *size, "--chunked-prefill-size", "-1"), options.stock_lengths
+        if whole:
+            yield STOCK_WHOLE, (*STOCK_ARGS, *size, "--chunked-prefill-size", "-1"), whole
 
 
 def pool_args(longest: int) -> tuple[str, ...]:
@@ -100,7 +113,7 @@ def measured(server, variant: str, lengths: list[int], options: argparse.Namespa
     warm_up(server)
     tokens = options.stock_tokens if variant in (STOCK, STOCK_WHOLE) else options.tokens
     for length in lengths:
-        yield measure(server, variant, length, tokens)
+        yield measure(server, variant, length, tokens, again=variant != STOCK_WHOLE)
 
 
 def finish(results: list[Measurement], options: argparse.Namespace) -> None:

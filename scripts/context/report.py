@@ -11,9 +11,10 @@ HEADER = (
 
 
 def line(m: Measurement) -> str:
+    hit = "-" if m.hit_seconds is None else f"{m.hit_seconds:.3f}"
     peak = "-" if m.sliding_peak_tokens is None else str(m.sliding_peak_tokens)
     return (
-        f"{m.variant:26}{m.length:8d}{m.prefill_seconds:10.2f}{m.hit_seconds:8.3f}{m.cached_tokens:8d}"
+        f"{m.variant:26}{m.length:8d}{m.prefill_seconds:10.2f}{hit:>8}{m.cached_tokens:8d}"
         f"{m.decode_ms:8.2f}{m.decode_rate:8.1f}{m.accept_length:7.2f}{m.rss_mib:8d}"
         f"{m.full_pool_tokens:8d}{m.sliding_pool_tokens:8d}{peak:>7}"
     )
@@ -32,12 +33,13 @@ def ratios(results: list[Measurement], ours: tuple[str, ...], stock: tuple[str, 
 
 
 def _ratio(own: Measurement, other: Measurement) -> dict:
+    hit = None if other.hit_seconds is None else round(other.hit_seconds / own.hit_seconds, 2)
     return {
         "length": own.length,
         "ours": own.variant,
         "stock": other.variant,
         "prefill": round(other.prefill_seconds / own.prefill_seconds, 2),
-        "hit": round(other.hit_seconds / own.hit_seconds, 2),
+        "hit": hit,
         "decode": round(other.decode_ms / own.decode_ms, 2),
     }
 
@@ -45,8 +47,9 @@ def _ratio(own: Measurement, other: Measurement) -> dict:
 def ratio_table(rows: list[dict]) -> str:
     lines = [f"{'length':>8}  {'ours':12}{'stock':26}{'prefill':>8}{'hit':>8}{'decode':>8}"]
     for r in rows:
+        hit = "-" if r["hit"] is None else f"{r['hit']:.1f}x"
         lines.append(
-            f"{r['length']:8d}  {r['ours']:12}{r['stock']:26}{r['prefill']:7.1f}x{r['hit']:7.1f}x{r['decode']:7.1f}x"
+            f"{r['length']:8d}  {r['ours']:12}{r['stock']:26}{r['prefill']:7.1f}x{hit:>8}{r['decode']:7.1f}x"
         )
     return "\n".join(lines)
 
@@ -75,6 +78,7 @@ def plot(results: list[Measurement], sliding: list[dict], path: Path) -> None:
     for axes, (title, value) in zip(grid.flat, panels.items()):
         for variant in dict.fromkeys(m.variant for m in results):
             rows = sorted((m for m in results if m.variant == variant), key=lambda m: m.length)
+            rows = [m for m in rows if value(m) is not None]
             axes.plot([m.length for m in rows], [value(m) for m in rows], marker="o", label=variant)
         _decorate(axes, title)
     last = grid.flat[3]
@@ -82,7 +86,7 @@ def plot(results: list[Measurement], sliding: list[dict], path: Path) -> None:
     dense = [r for r in sliding if r["dense_ms"] is not None]
     last.plot([r["length"] for r in dense], [r["dense_ms"] for r in dense], marker="o", label="dense, as torch_native")
     _decorate(last, "decode, one sliding layer of the published size, ms")
-    figure.suptitle("nano checkpoint, one request, CPU")
+    figure.suptitle("one request, CPU")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
