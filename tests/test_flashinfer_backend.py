@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flashinfer_host import EARLIER, FULL_HEADS, KV_HEADS, WINDOW_HEADS, Host, Wrapper, fake_runtime, stock
+from flashinfer_host import EARLIER, FULL_HEADS, KV_HEADS, WINDOW_HEADS, Host, fake_runtime, stock
+from flashinfer_wrappers import Wrapper
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_step35.attention import flashinfer

@@ -4,8 +4,9 @@ SGLang counts earlier keys: the model's `get_attention_sliding_window_size()` an
 511. The first tests hand that to SGLang's own planning code on a CPU and look at what it asks the kernels for. The
 `gpu` ones run the kernels against this package's attention.
 
-Some planning paths are wrong in SGLang 0.5.23; tests named `test_stock_...` pin that down, so that they fail, and the
-advice against these paths can go, once an SGLang update repairs them.
+Some planning paths are wrong in SGLang 0.5.23; tests named `test_stock_...` pin that down, so that they fail once an
+SGLang update repairs them. For FlashInfer, sglang_step35/attention/flashinfer.py then has less to replace
+(tests/test_flashinfer_backend.py).
 """
 
 from types import SimpleNamespace
