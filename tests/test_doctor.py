@@ -164,7 +164,7 @@ def test_the_command_on_fewer_gpus():
 def test_the_command_on_a_dgx_spark():
     lines = outcome((GB10,), 119)
     assert lines[1].endswith("--quantization int4")
-    assert "--attention-backend triton" in lines[2]
+    assert "--attention-backend flashinfer" in lines[2]
 
 
 def test_devices_are_reported(monkeypatch):

@@ -59,7 +59,7 @@ def test_command_of_a_tight_machine_names_what_differs_from_the_defaults():
         "--chunked-prefill-size 2048 --host 0.0.0.0 --port 8000"
     )
     assert "--quantization" not in line  # named by the checkpoint
-    assert "--attention-backend triton" in line  # fa4, SGLang's choice on Blackwell, reads no paged KV there
+    assert "--attention-backend flashinfer" in line  # fa4, SGLang's choice on Blackwell, reads no paged KV there
     assert "--moe-runner-backend triton" in line  # Marlin, the default, would drop the SwiGLU clamp
 
 

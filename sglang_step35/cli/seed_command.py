@@ -85,5 +85,5 @@ def _attention(devices: tuple[Device, ...]) -> list[str]:
     """GPUs on which SGLang's own choice of attention does not run this model with MTP."""
     major = min(device.capability[0] for device in devices)
     if major == 12:
-        return ["add --attention-backend triton: SGLang would pick fa4, which reads no paged KV on SM 12.x"]
+        return ["add --attention-backend flashinfer: SGLang would pick fa4, which reads no paged KV on SM 12.x"]
     return []

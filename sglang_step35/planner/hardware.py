@@ -56,7 +56,7 @@ MACHINES: dict[str, Hardware] = {
     "4xh200": Hardware("4 x H200 141 GB", 4, _H200, "fp8"),
     "dgx-spark": Hardware(
         "DGX Spark 128 GB", 1, _SPARK, "int4", unified=True, system=_SYSTEM,
-        attention="triton",  # SGLang picks fa4, which reads no paged KV on SM 12.x
+        attention="flashinfer",  # SGLang picks fa4, which reads no paged KV on SM 12.x
         note="CPU and GPU share the memory, and so does the page cache: drop it before starting. SGLang "
         "runs here through CUDA; the CPU platform of this plug-in is a test bed, not a way to serve 196B. "
         "A 4-bit checkpoint on this machine has not been run by us; llama.cpp with Q4_K_S is the proven path.",
