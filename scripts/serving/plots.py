@@ -66,6 +66,7 @@ def overview(runs: Sequence[Run]) -> bytes:
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=10)
     for axes in grid[-1]:
+        axes.set_ylim(0, 1.1)  # the hit rate is a share: 0.2 % should look like nothing
         axes.set_xlabel("concurrent clients", fontsize=8)
     _legend(figure, runs)
     return _png(figure)
