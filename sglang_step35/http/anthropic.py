@@ -6,26 +6,37 @@ from collections.abc import AsyncIterator
 
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 
+from sglang_step35.plugin import ARCHITECTURES
+
 
 class Step35AnthropicServing(AnthropicServing):
     """Replaces AnthropicServing.
 
     Kept: the translation to the chat endpoint and back. Replaced, because stock (0.5.23)
     - refuses or ignores `thinking: disabled`: Step-3.5 reasons anyway, so the thinking is left
-      out of the answer instead;
+      out of the answer instead (of this model's only);
     - reports a stop sequence as "end_turn", without naming it.
     """
 
     _hidden = False  # whether this request's thinking is
 
     def _convert_to_chat_completion_request(self, anthropic_request):
-        if _hides(anthropic_request):
+        if self._hides(anthropic_request):
             anthropic_request = anthropic_request.model_copy(update={"thinking": None})
         return super()._convert_to_chat_completion_request(anthropic_request)
 
+    def _hides(self, anthropic_request) -> bool:
+        thinking = anthropic_request.thinking
+        return thinking is not None and thinking.type == "disabled" and self._always_reasons
+
+    @property
+    def _always_reasons(self) -> bool:
+        config = self.openai_serving_chat.tokenizer_manager.model_config.hf_config
+        return (config.architectures or [None])[0] in ARCHITECTURES
+
     async def _handle_non_streaming(self, chat_request, anthropic_request, raw_request):
         one = copy.copy(self)  # the conversion of the answer does not see the request
-        one._hidden = _hides(anthropic_request)
+        one._hidden = self._hides(anthropic_request)
         return await super(Step35AnthropicServing, one)._handle_non_streaming(
             chat_request, anthropic_request, raw_request
         )
@@ -45,7 +56,7 @@ class Step35AnthropicServing(AnthropicServing):
         events = super(Step35AnthropicServing, one)._generate_anthropic_stream(
             adapted, processed, anthropic_request, raw_request
         )
-        if _hides(anthropic_request):
+        if self._hides(anthropic_request):
             events = _without_thinking(events)
         async for event in events:
             if chat.stop is not None and event.startswith("event: message_delta\n"):
@@ -86,11 +97,6 @@ async def _without_thinking(events: AsyncIterator[str]) -> AsyncIterator[str]:
         if index is not None:
             payload["index"] = index - len(hidden)
         yield _event(payload)
-
-
-def _hides(anthropic_request) -> bool:
-    thinking = anthropic_request.thinking
-    return thinking is not None and thinking.type == "disabled"
 
 
 def _payload(event: str) -> dict:
