@@ -12,11 +12,11 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, SessionParams
 
 REFUSED = "sglang_step35.refused"  # key of the ASGI scope
 MAX_SAMPLES = 1024  # of one prompt: each is a request of its own, made before the first one runs
-INT32, INT64 = 2**31, 2**63
+INT32, INT64, FLOAT32 = 2**31, 2**63, 3.4e38
 # Filled by SGLang itself while it normalizes; from outside they would skip that.
 _INTERNAL = {
     "stop_strs",
@@ -25,6 +25,7 @@ _INTERNAL = {
     "stop_regex_max_len",
     "is_normalized",
 }
+_JSON = (dict, list, str, int, float)
 _BY_PROMPT = ("return_logprob", "top_logprobs_num", "logprob_start_len", "rid", "sampling_params")
 
 
@@ -34,13 +35,26 @@ async def generate(stock, manager, obj, request=None):
         if isinstance(obj, GenerateReqInput):
             admit(manager, obj)
         async with aclosing(stock(manager, obj, request)) as outputs:
+            first = True
             async for output in outputs:
+                if first:
+                    _raise_refusal(output)
+                    first = False
                 yield output
     except ValueError:
         # Some endpoints report a refusal as their own failure; the middleware knows better.
         if request is not None:
             request.scope[REFUSED] = True
         raise
+
+
+def _raise_refusal(output: object) -> None:
+    """What the scheduler refuses raises, also where a stream was asked for."""
+    meta = output.get("meta_info", {}) if isinstance(output, dict) else {}
+    finish = meta.get("finish_reason")
+    if isinstance(finish, dict) and finish.get("type") == "abort":
+        if finish.get("status_code") == 400:
+            raise ValueError(finish.get("message", "the request was refused"))
 
 
 def admit(manager, obj: GenerateReqInput) -> None:
@@ -51,12 +65,19 @@ def admit(manager, obj: GenerateReqInput) -> None:
     _check_lists(obj)
     if any(not isinstance(rid, str) for rid in _each(obj.rid)):
         raise ValueError("rid must be a string or a list of strings")
+    if obj.session_params:
+        _check_session(obj.session_params)
+    if any(isinstance(item, _JSON) for item in _each(obj.positional_embed_overrides)):
+        raise ValueError("positional_embed_overrides cannot be given as JSON")
     for count in _each(obj.top_logprobs_num):
         _check_range("top_logprobs_num", count, 0, vocabulary)
     for start in _each(obj.logprob_start_len):
         _check_range("logprob_start_len", start, -1, INT32 - 1)
     for params in _each(obj.sampling_params):
         check_sampling(params, manager.sampling_params_class)
+        for token in _each(params.get("stop_token_ids")):
+            # min_new_tokens indexes the logits with them.
+            _check_range("sampling_params: stop_token_ids", token, 0, vocabulary - 1)
 
 
 def _check_lists(obj: GenerateReqInput) -> None:
@@ -81,11 +102,11 @@ def check_sampling(params: object, params_class: type) -> None:
     except msgspec.ValidationError as error:
         raise ValueError(f"sampling_params: {error}".replace("$.", "")) from error
     for name, value in given.items():
-        limit = INT64 if name == "sampling_seed" else INT32
-        for number in value if isinstance(value, list | set | tuple) else (value,):
-            if isinstance(number, int) and not -limit <= number < limit:
+        for number in value.values() if isinstance(value, dict) else _each(value):
+            if not _fits(number, INT64 if name == "sampling_seed" else INT32):
                 raise ValueError(f"sampling_params: {name} is out of range")
     _check_range("n", given.get("n"), 1, MAX_SAMPLES)
+    _check_range("stream_interval", given.get("stream_interval"), 1, INT32 - 1)
     # With temperature 0 SGLang overwrites top_k before it looks at it.
     _check_range("top_k", given.get("top_k"), -1, INT32 - 1)
     for pattern in _each(given.get("stop_regex")):
@@ -93,6 +114,19 @@ def check_sampling(params: object, params_class: type) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"sampling_params: stop_regex: {error}") from error
+
+
+def _fits(number: object, integers: int) -> bool:
+    if isinstance(number, int):
+        return -integers <= number < integers
+    return not isinstance(number, float) or abs(number) <= FLOAT32  # false for NaN
+
+
+def _check_session(params: object) -> None:
+    try:
+        SessionParams(**params)
+    except TypeError as error:
+        raise ValueError(f"session_params: {error}") from error
 
 
 @cache
@@ -109,7 +143,7 @@ def _declared(params_class: type) -> type:
 
 def _each(value: object) -> list:
     """What a field holds for every request of a batch; None leaves it to its default."""
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list | set | tuple) else [value]
     return [item for item in values if item is not None]
 
 
