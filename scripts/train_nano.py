@@ -2,6 +2,7 @@
 
     python scripts/train_nano.py --out DIR            the shipped checkpoint
     python scripts/train_nano.py --out DIR --quick    a few minutes, to try the pipeline
+    python scripts/train_nano.py --out DIR --from CHECKPOINT    only the last stage, on a checkpoint of the others
 
 Tokenizer, backbone, MTP layers, evaluation; everything is drawn from one seed and budgeted in steps. The state is
 kept in DIR/state.pt, and a repeated call goes on from there.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import platform
 from pathlib import Path
 
@@ -75,10 +77,21 @@ def report(model: NanoStep, plan: Plan, log: loop.Log, streams: dict, tok) -> di
     }
 
 
+def start_from(folder: Path | None, model: NanoStep, plan: Plan) -> tuple[int, loop.Log | None]:
+    """The stage to begin with and the log so far; loads the weights of a checkpoint that lacks the last stage."""
+    if folder is None:
+        return 0, None
+    model.load_state_dict(checkpoint.load_weights(model.shape, folder).state_dict())
+    past = json.loads((folder / "training_report.json").read_text())
+    log = loop.Log(past["curve"], past["evaluations"], past["trained_tokens"], past["training_seconds"])
+    return len(plan.stages) - 1, log
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--quick", action="store_true", help="a short run that only tries the pipeline")
+    parser.add_argument("--from", dest="start", type=Path, help="checkpoint folder to run only the last stage on")
     parser.add_argument("--eager", action="store_true", help="no torch.compile: slower, needs no C++ compiler")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; one is fastest while the machine is shared")
     args = parser.parse_args()
@@ -89,9 +102,10 @@ def main() -> None:
     streams = prepare(plan, shape, args.out)
     mixture = data.Mixture(streams["code"], streams["chat"], plan.chat_share)
     model = NanoStep(shape)
+    stage, log = start_from(args.start, model, plan)
     if not args.eager:
         loop.compile_layers(model)
-    log = loop.Trainer(model, plan, mixture, streams["heldout"], args.out / "state.pt").run()
+    log = loop.Trainer(model, plan, mixture, streams["heldout"], args.out / "state.pt", stage, log).run()
     checkpoint.round_to_bf16(model)
     checkpoint.save_weights(model, args.out)
     with torch.compiler.set_stance("force_eager"):  # other shapes than in training

@@ -79,6 +79,7 @@ class Plan:
         Stage("backbone", 700, 4, 512, 0.0, (1.0, 1.0)),
         Stage("joint", 350, 4, 512, 0.2, (1.0, 0.1)),
         Stage("distill", 200, 8, 256, 1.0, (1.0, 0.0), frozen=True),
+        Stage("distill longer", 1000, 8, 256, 1.0, (1.0, 0.0), frozen=True),
     )
     muon_lr: float = 0.012
     adam_lr: float = 0.006
@@ -86,8 +87,8 @@ class Plan:
     bias_rate: float = 1e-3  # step of the router bias towards equal expert load
     chat_share: float = 0.04
     chat_examples: int = 3000
-    own_sampled: int = 192  # sequences the backbone writes at temperature 0.8 for the distillation
-    own_greedy: int = 96
+    own_sampled: int = 512  # sequences the backbone writes at temperature 0.8 for the distillation
+    own_greedy: int = 256
     own_prompt: int = 32
     own_length: int = 256
     heldout_percent: int = 5

@@ -97,11 +97,14 @@ def build_optimiser(model: NanoStep, plan: Plan, frozen: bool) -> Optimiser:
 class Trainer:
     """Runs the stages in order and keeps its state in one file, from which a later call goes on.
 
-    Batches are drawn with a generator seeded by (stage, step), so a resumed run sees the same ones."""
+    Batches are drawn with a generator seeded by (stage, step), so a resumed run sees the same ones. A model that
+    has been through earlier stages starts at `stage` with their log."""
 
-    def __init__(self, model: NanoStep, plan: Plan, mixture: Mixture, heldout: Tensor, path: Path):
+    def __init__(
+        self, model: NanoStep, plan: Plan, mixture: Mixture, heldout: Tensor, path: Path, stage: int = 0, log: Log | None = None
+    ):
         self.model, self.plan, self.mixture, self.heldout, self.path = model, plan, mixture, heldout, path
-        self.log, self.own, self.stage, self.step = Log(), None, 0, 0
+        self.log, self.own, self.stage, self.step = log or Log(), None, stage, 0
         saved = torch.load(path, weights_only=False) if path.exists() else None
         if saved:
             self.stage, self.step, self.own = saved["stage"], saved["step"], saved["own"]
@@ -172,11 +175,11 @@ class Trainer:
         return [first, *(head_losses(self.model, rows, hidden, logits) if stage.mtp_weight else [])]
 
     def draw(self, stage: Stage, generator: torch.Generator) -> Tensor:
-        """[rows, length + 4]; for the distillation 1/2 sampled, 1/8 greedy and 3/8 true text."""
+        """[rows, length + 4]; for the distillation 3/8 sampled, 1/4 greedy and 3/8 true text."""
         length = stage.length + EXTRA
         if not stage.frozen:
             return self.mixture.rows(stage.rows, length, generator)
-        sampled, greedy = stage.rows // 2, stage.rows // 8
+        sampled, greedy = stage.rows * 3 // 8, stage.rows // 4
         some = lambda rows, n: rows[torch.randint(len(rows), (n,), generator=generator)][:, :length]
         true = self.mixture.rows(stage.rows - sampled - greedy, length, generator)
         return torch.cat((some(self.own[0], sampled), some(self.own[1], greedy), true))
