@@ -82,7 +82,11 @@ def _hooks() -> list[Hook]:
         skip_short_insert,
     )
     from sglang_step35.http.admission import generate
-    from sglang_step35.http.anthropic import Step35AnthropicServing
+    from sglang_step35.http.anthropic import (
+        CountTokensRequest,
+        MessagesRequest,
+        Step35AnthropicServing,
+    )
     from sglang_step35.http.middleware import install as install_error_format
     from sglang_step35.http.ollama import Step35OllamaServing
     from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
@@ -101,6 +105,9 @@ def _hooks() -> list[Hook]:
         Hook("sglang.srt.utils.common.set_uvicorn_logging_configs", "after", install_error_format),
         # Thinking that cannot be switched off, and stop sequences.
         Hook(f"{_ANTHROPIC}.serving.AnthropicServing", "replace", Step35AnthropicServing),
+        # A thinking display that only newer clients know.
+        Hook(f"{_ANTHROPIC}.protocol.AnthropicMessagesRequest", "replace", MessagesRequest),
+        Hook(f"{_ANTHROPIC}.protocol.AnthropicCountTokensRequest", "replace", CountTokensRequest),
         # Stock's Ollama API loses text, tools and reasoning.
         Hook(f"{_OLLAMA}.serving.OllamaServing", "replace", Step35OllamaServing),
         Hook(f"{_OLLAMA}.protocol.OllamaChatRequest", "replace", OllamaChatRequest),

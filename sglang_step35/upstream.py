@@ -186,6 +186,8 @@ TABLE: tuple[Upstream, ...] = (
         f"{_SRT}.entrypoints.ollama.serving.OllamaServing.__init__",
         _params("self tokenizer_manager"),
     ),
+    Upstream(f"{_SRT}.entrypoints.anthropic.protocol.AnthropicMessagesRequest", hooked=True),
+    Upstream(f"{_SRT}.entrypoints.anthropic.protocol.AnthropicCountTokensRequest", hooked=True),
     Upstream(f"{_SRT}.entrypoints.ollama.serving.OllamaServing", hooked=True),
     Upstream(f"{_SRT}.entrypoints.ollama.protocol.OllamaChatRequest", hooked=True),
     Upstream(f"{_SRT}.entrypoints.ollama.protocol.OllamaGenerateRequest", hooked=True),

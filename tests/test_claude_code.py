@@ -84,9 +84,10 @@ def run(claude: Path, server, tmp_path: Path) -> Callable[..., list[dict]]:
 
 
 def posts(server) -> int:
-    """Requests to the Messages API that the server answered with 200."""
-    lines = server.log.read_text(errors="replace").splitlines()
-    return sum('"POST /v1/messages?' in line and " 200" in line for line in lines)
+    """Requests to the Messages API, all of which the server must have answered with 200."""
+    lines = [line for line in server.log.read_text(errors="replace").splitlines() if '"POST /v1/messages?' in line]
+    assert all(" 200" in line for line in lines), lines
+    return len(lines)
 
 
 def assert_completed(result: dict) -> None:

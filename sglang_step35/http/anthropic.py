@@ -4,9 +4,39 @@ import copy
 import json
 from collections.abc import AsyncIterator
 
+from pydantic import BaseModel, model_validator
+from sglang.srt.entrypoints.anthropic import protocol
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 
 from sglang_step35.plugin import ARCHITECTURES
+
+KNOWN_DISPLAYS = ("summarized", "omitted")
+
+
+class _AnyDisplay(BaseModel):
+    """Added: a `thinking.display` newer than SGLang is left out instead of refused.
+
+    It says how the client shows thinking, and SGLang acts on none. Claude Code 2.1 asks for
+    "updates" when it streams, and would ask three times.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unknown_display(cls, data):
+        thinking = data.get("thinking") if isinstance(data, dict) else None
+        display = thinking.get("display") if isinstance(thinking, dict) else None
+        if isinstance(display, str) and display not in KNOWN_DISPLAYS:
+            rest = {key: value for key, value in thinking.items() if key != "display"}
+            data = {**data, "thinking": rest}
+        return data
+
+
+class MessagesRequest(_AnyDisplay, protocol.AnthropicMessagesRequest):
+    """Replaces AnthropicMessagesRequest; kept: every field and check."""
+
+
+class CountTokensRequest(_AnyDisplay, protocol.AnthropicCountTokensRequest):
+    """Replaces AnthropicCountTokensRequest; kept: every field and check."""
 
 
 class Step35AnthropicServing(AnthropicServing):

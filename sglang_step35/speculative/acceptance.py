@@ -73,7 +73,8 @@ def inverse_cdf(weights: Tensor, coin: Tensor) -> Tensor:
     # `right` skips entries of zero weight: the first index whose cdf exceeds the point.
     index = torch.searchsorted(cdf, point, right=True).squeeze(-1)
     last_possible = torch.searchsorted(cdf, cdf[:, -1:].contiguous()).squeeze(-1)
-    return torch.minimum(index, last_possible)
+    # A grammar may forbid every token, which makes the weights NaN: any valid id, the request ends.
+    return torch.minimum(index, last_possible).clamp(max=weights.shape[-1] - 1)
 
 
 def _leading(flags: Tensor) -> Tensor:
