@@ -17,7 +17,7 @@ FULL_POOL, SLIDING_POOL = 24576, 2048
 ARGS = (
     *NANO_ARGS, *MTP_ARGS, "--dtype", "float32", "--context-length", "262144", "--page-size", str(PAGE),
     "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(FULL_POOL),
-    "--swa-full-tokens-ratio", str(SLIDING_POOL / FULL_POOL), "--max-running-requests", "2",
+    "--swa-full-tokens-ratio", str(SLIDING_POOL / FULL_POOL), "--max-running-requests", "2", "--decode-log-interval", "1",
 )  # fmt: skip
 USED = re.compile(r"#swa token: (\d+)")
 TAIL = 30  # the second request's own tokens

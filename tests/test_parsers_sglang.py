@@ -163,7 +163,7 @@ def test_anthropic_stream_keeps_arguments(chat, monkeypatch, detector, first):
     handler.openai_serving_chat = SimpleNamespace(
         _generate_chat_stream=lambda *_: sse(chat, chunks, "stop")
     )
-    stream = handler._generate_anthropic_stream(None, None, SimpleNamespace(model="m"), None)
+    stream = handler._generate_anthropic_stream(None, None, SimpleNamespace(model="m", thinking=None), None)
     blocks = []
     for event in asyncio.run(gather(stream)):
         if event["type"] == "content_block_start":
