@@ -74,7 +74,8 @@ def _norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 def _attention(module: GatedAttention, x: Tensor, forward_batch) -> Tensor:
     q, k, v = module.qk_norm_rope.heads(F.linear(x, module.qkv_proj.weight))
-    out = get_attn_backend().forward(q, k, v, module.attn, forward_batch)
+    # Flat queries, as SGLang's own backends expect them.
+    out = get_attn_backend().forward(q.flatten(1), k, v, module.attn, forward_batch)
     if module.g_proj is not None:
         out = module.gate_heads(out, F.linear(x, module.g_proj.weight))
     return F.linear(out, module.o_proj.weight)
