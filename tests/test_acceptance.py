@@ -118,3 +118,9 @@ def test_inverse_cdf_never_returns_an_impossible_token():
     weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(3, 5)
     picks = inverse_cdf(weights, torch.tensor([0.0, 0.5, 1.0 - 1e-12], dtype=torch.float64))
     assert picks.tolist() == [1, 3, 3]
+
+
+def test_a_distribution_without_any_token_still_gives_a_valid_id():
+    """What softmax makes of logits that a grammar has masked completely."""
+    nothing = torch.full((2, 5), float("-inf")).softmax(-1)
+    assert (inverse_cdf(nothing, torch.tensor([0.0, 0.9])) < 5).all()
