@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from sse import DONE, FINISH, delta, event
 from servers import MTP_ARGS, NANO_ARGS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -65,17 +66,6 @@ def test_fields_beyond_openai_go_only_to_engines_that_know_them():
 
 # --- the client against a scripted server
 
-
-def event(**fields) -> bytes:
-    return b"data: " + json.dumps(fields).encode() + b"\n"
-
-
-def delta(**fields) -> bytes:
-    return event(choices=[{"index": 0, "delta": fields, "finish_reason": None}])
-
-
-FINISH = event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
-DONE = b"data: [DONE]\n"
 
 FIRST, SECOND = 0.2, 0.3  # seconds before the chunks of a slow answer
 

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import bench_serving
+from sse import DONE, FINISH, delta, event
 from serving import metrics, plots, stats
 from serving.stream import Answer, BadStream, Result
 
@@ -120,17 +121,6 @@ def test_no_counters_no_claims():
 
 # --- streams
 
-
-def event(**fields) -> bytes:
-    return b"data: " + json.dumps(fields).encode() + b"\n"
-
-
-def delta(**fields) -> bytes:
-    return event(choices=[{"index": 0, "delta": fields, "finish_reason": None}])
-
-
-FINISH = event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
-DONE = b"data: [DONE]\n"
 
 
 def feed(*lines: bytes) -> Result:
