@@ -34,6 +34,8 @@ RESERVED = 16  # SGLang refuses a request whose tokens and draft windows do not 
 MTP, PLAIN, STOCK, STOCK_WHOLE = "ours + MTP", "ours", "torch_native", "torch_native, one chunk"
 # SGLang's own attention reads the hybrid pool wrongly, so it gets a plain one.
 STOCK_ARGS = ("--attention-backend", "torch_native", "--disable-hybrid-swa-memory")
+# SGLang reserves memory by the chunk size, and without one more than a small host has.
+ONE_CHUNK = ("--chunked-prefill-size", "-1", "--mem-fraction-static", "0.5")
 SLIDING_POOL = 8192
 
 
@@ -98,7 +100,7 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...], li
         if chunked:
             yield STOCK, (*STOCK_ARGS, *size), chunked
         if whole:
-            yield STOCK_WHOLE, (*STOCK_ARGS, *size, "--chunked-prefill-size", "-1"), whole
+            yield STOCK_WHOLE, (*STOCK_ARGS, *size, *ONE_CHUNK), whole
 
 
 def pool_args(longest: int) -> tuple[str, ...]:

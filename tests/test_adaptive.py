@@ -8,11 +8,11 @@ from sglang_step35.speculative.adaptive import (
     AdaptiveSettings,
     Calibration,
     DepthController,
+    StopRule,
     best_depth,
-    break_even,
     expected_tokens,
 )
-from sglang_step35.speculative.depth import DepthPlanner, LayerLag
+from sglang_step35.speculative.depth import DepthPlanner, DraftLog, LayerLag
 from sglang_step35.speculative.settings import MTPSettings
 
 # Seconds of a round by depth: a verify step of 10 ms, 0.5 ms per extra token, 1 ms per MTP layer.
@@ -38,10 +38,35 @@ def test_small_advantages_do_not_change_the_depth():
     assert best_depth(acceptance, COST, 0, gain=0.02) == 0
 
 
-def test_break_even_is_the_chance_that_pays_for_the_layer():
-    threshold = break_even(tokens=2.0, round_cost=0.010, layer_cost=0.001)
-    assert threshold == pytest.approx(0.2)
-    assert (2.0 + threshold) / 0.011 == pytest.approx(2.0 / 0.010)
+def test_a_pass_stops_where_its_next_layer_gives_less_than_rounds_give_on_average():
+    """Acceptance 0.8 each and 10 ms + 1.5 ms a draft: at best 2.952 tokens in 14.5 ms."""
+    controller = DepthController(AdaptiveSettings(max_depth=3))
+    assert controller.floors() == [0.0, 0.0]  # nothing measured yet
+    for depth, seconds in enumerate(COST):
+        for _ in range(4):
+            controller.observe_round(depth, seconds)
+    controller.acceptance = [0.8, 0.8, 0.8]
+    rate = (1 + 0.8 + 0.64 + 0.512) / 0.0145
+    assert controller.floors() == pytest.approx([rate * 0.0015 / 0.8] * 2)
+
+
+def test_the_stop_rule_multiplies_the_chances_of_the_drafts_so_far():
+    rule = StopRule(floors=[0.5, 0.5], table=[0.1, 0.4, 0.6, 0.9])  # bins of 0.25
+    assert not rule.stops([[0.6]])  # 0.6
+    assert rule.stops([[0.3]])  # 0.4
+    assert not rule.stops([[0.6], [1.0]])  # 0.6 * 0.9
+    assert rule.stops([[0.6], [0.7]])  # 0.6 * 0.6
+    assert not rule.stops([[0.3, 0.8]])  # a batch counts by its mean, (0.4 + 0.9) / 2
+    assert rule.stops([[0.3, 0.1, 0.8]])
+    assert rule.stops([[0.9], [0.9], [0.9]])  # no layer left
+
+
+def test_the_draft_log_keeps_what_each_row_drafted_last():
+    log = DraftLog(pool_rows=5)
+    log.note([1, 4], 2, [[0.5, 0.25], [0.75, 1.0]])
+    log.note([3], 3, [])
+    assert log.counts([4, 3, 1, 0]) == [2, 3, 2, 0]
+    assert log.confidences([4, 3, 1]) == [[0.25, 1.0], [], [0.5, 0.75]]
 
 
 def simulate(acceptance, rounds, seed=0, settings=AdaptiveSettings(max_depth=3), noise=0.3):
@@ -124,10 +149,10 @@ def test_layer_lag_widens_the_next_pass_and_forces_it_in_time():
 
 def test_planner_without_adaptation_always_drafts_everything():
     planner = DepthPlanner(MTPSettings(num_steps=3))
-    planner.begin_round(("a",), [3])
+    planner.begin_round(("a",), [3], [[]])
     planner.observe([0])
     assert planner.next_depth(1) == 3
-    assert planner.thresholds(1) is None
+    assert planner.stop_rule(1) is None
 
 
 def test_planner_times_rounds_of_an_unchanged_batch_only():
@@ -135,7 +160,7 @@ def test_planner_times_rounds_of_an_unchanged_batch_only():
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), clock=lambda: now[0])
 
     def round_of(rid, seconds):
-        planner.begin_round((rid,), [3])
+        planner.begin_round((rid,), [3], [[]])
         now[0] += seconds
 
     for _ in range(5):

@@ -8,6 +8,7 @@ plain decoding. Everything here is plain arithmetic on numbers handed in, no clo
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,18 @@ class AdaptiveSettings:
 
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
-    A depth is tried again after probe_every rounds without it, twice as many after each try that
-    changed nothing, up to probe_at_most; gain is the advantage needed to change depth, so that
-    noise does not.
+    After probe_every rounds another depth is measured anew, the one that has waited longest, and
+    then after twice as many rounds each time, up to probe_at_most, until the choice changes; gain
+    is the advantage needed to change depth, so that noise does not.
     """
 
     max_depth: int
     smoothing: float = 0.05
     window: int = 32
-    enough: int = 4
+    enough: int = 3
     probe_every: int = 16
     probe_at_most: int = 256
-    gain: float = 0.03
+    gain: float = 0.02
 
 
 def expected_tokens(acceptance: list[float], depth: int) -> float:
@@ -49,12 +50,36 @@ def best_depth(acceptance: list[float], cost: list[float], current: int, gain: f
     return best if rates[best] > rates[current] * (1 + gain) else current
 
 
-def break_even(tokens: float, round_cost: float, layer_cost: float) -> float:
-    """Chance of being accepted at which one more draft pays for itself.
+@dataclass(frozen=True)
+class StopRule:
+    """Whether a draft pass goes on to its next layer, from the drafts it has so far.
 
-    It adds that chance in tokens for layer_cost seconds; the round gives tokens / round_cost.
+    The next layer adds the chance that all drafts before it and its own come true, in tokens, for
+    the seconds it costs. A round should spend seconds only where they give at least the tokens
+    that rounds give on average.
+
+    floors: [S - 1], per finished layer the chance of all drafts so far below which the next layer
+    does not pay. table: chance of acceptance by equal bins of a layer's confidence in its draft.
     """
-    return min(1.0, max(0.0, layer_cost) * tokens / round_cost)
+
+    floors: list[float]
+    table: list[float]
+
+    def stops(self, confidences: list[list[float]]) -> bool:
+        """confidences[layer][b]: the probability a finished layer gave its draft for request b.
+
+        A layer runs for the whole batch at one price, so what counts is the mean chance of its
+        requests: one request's drafting ends with its batch's, since leaving it out alone would
+        save nothing.
+        """
+        finished = len(confidences)
+        if finished > len(self.floors):
+            return True
+        chances = [prod(map(self._chance, drafts)) for drafts in zip(*confidences, strict=True)]
+        return sum(chances) < self.floors[finished - 1] * len(chances)
+
+    def _chance(self, confidence: float) -> float:
+        return self.table[Calibration.bin(confidence, len(self.table))]
 
 
 @dataclass
@@ -79,9 +104,14 @@ class Calibration:
 
     def observe(self, confidence: float, accepted: bool) -> None:
         """Note one draft that verification reached."""
-        at = min(int(confidence * self.bins), self.bins - 1)
+        at = self.bin(confidence, self.bins)
         self._tries[at] = self._tries[at] * self.decay + 1
         self._hits[at] = self._hits[at] * self.decay + accepted
+
+    @staticmethod
+    def bin(confidence: float, bins: int) -> int:
+        """The bin of a confidence in [0, 1]."""
+        return min(int(confidence * bins), bins - 1)
 
     def table(self) -> list[float]:
         """Chance of acceptance by bin of confidence."""
@@ -100,9 +130,9 @@ class DepthController:
     depth: int = field(init=False)
     acceptance: list[float] = field(init=False)
     _seconds: list[deque] = field(init=False)
-    _idle: int = field(init=False, default=0)
+    _rounds: int = field(init=False, default=0)
     _wait: int = field(init=False)
-    _probing: int = field(init=False, default=0)
+    _turns: deque = field(init=False)
 
     def __post_init__(self):
         self.depth = self.settings.max_depth
@@ -110,6 +140,7 @@ class DepthController:
         depths = range(self.settings.max_depth + 1)
         self._seconds = [deque(maxlen=self.settings.window) for _ in depths]
         self._wait = self.settings.probe_every
+        self._turns = deque(depths)
 
     def observe_round(self, depth: int, seconds: float) -> None:
         """Note the time of a round that drafted and verified `depth` tokens."""
@@ -131,38 +162,31 @@ class DepthController:
                 self.acceptance[i] += weight * (hits / tries - self.acceptance[i])
 
     def next_depth(self) -> int:
-        """Depth of the next round: the best one known, now and then a probe of a deeper one."""
+        """Depth of the next round: the best one known, now and then one to be measured anew."""
         cost = self.cost
         unmeasured = [d for d, seconds in enumerate(cost) if seconds is None]
         if unmeasured:
             return unmeasured[-1]
-        if self._probing:
-            self._probing -= 1
-            if not self._probing:
-                self._settle()
-            return self.settings.max_depth
         before = self.depth
         self.depth = best_depth(self.acceptance, cost, before, self.settings.gain)
-        if self.depth == self.settings.max_depth:
-            self._idle, self._wait = 0, self.settings.probe_every
-        else:
-            self._idle += 1
-            if self._idle >= self._wait:
-                self._probing, self._idle = 2, 0
-        return self.depth
+        if self.depth != before:
+            self._wait = self.settings.probe_every
+        self._rounds += 1
+        return self._probe() if self._rounds >= self._wait else self.depth
 
-    def thresholds(self) -> list[float]:
-        """Per draft: the chance of acceptance below which it does not pay; 0 until measured."""
-        cost = self.cost
+    def floors(self) -> list[float]:
+        """`StopRule.floors`; 0, which never stops, until every depth was measured."""
+        cost, depths = self.cost, range(1, self.settings.max_depth)
         if None in cost:
-            return [0.0] * self.settings.max_depth
-        return [
-            break_even(expected_tokens(self.acceptance, d), cost[d], cost[d + 1] - cost[d])
-            for d in range(self.settings.max_depth)
-        ]
+            return [0.0 for _ in depths]
+        best = max(expected_tokens(self.acceptance, d) / cost[d] for d in range(len(cost)))
+        return [best * max(0.0, cost[d + 1] - cost[d]) / self.acceptance[d] for d in depths]
 
-    def _settle(self) -> None:
-        """After a probe: wait longer before the next one unless the choice changed."""
-        chosen = best_depth(self.acceptance, self.cost, self.depth, self.settings.gain)
-        longer = min(2 * self._wait, self.settings.probe_at_most)
-        self._wait = longer if chosen == self.depth else self.settings.probe_every
+    def _probe(self) -> int:
+        """Forget what another depth cost, so that the next rounds measure it; returns it."""
+        self._rounds, self._wait = 0, min(2 * self._wait, self.settings.probe_at_most)
+        self._turns.rotate(-1)
+        if self._turns[-1] == self.depth:
+            self._turns.rotate(-1)
+        self._seconds[self._turns[-1]].clear()
+        return self._turns[-1]

@@ -1,10 +1,11 @@
-"""How a draft is chosen from an MTP layer's logits."""
+"""How a draft is chosen from an MTP layer's logits, and when a pass stops drafting."""
 
 import torch
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.speculative.acceptance import NO_DRAFT, inverse_cdf
+from sglang_step35.speculative.adaptive import StopRule
 from sglang_step35.speculative.sampling import SamplingRule
 
 # Random streams 0 and 1 belong to the verifier.
@@ -16,38 +17,28 @@ class DraftChooser:
 
     Greedy drafts serve greedy requests; drafts of sampling requests are drawn from the layer's own
     distribution q (after temperature and filters), which verification takes into account.
-    Letters: B requests, V vocabulary.
+    Letters: B requests, S MTP layers, V vocabulary.
     """
 
     def __init__(
-        self,
-        sampling_info,
-        positions: Tensor,
-        *,
-        num_steps: int,
-        thresholds: list[float] | None,
-        calibration: list[float],
+        self, sampling_info, positions: Tensor, *, num_steps: int, stop_rule: StopRule | None = None
     ):
         """positions: [B], where each request stands; seeds its random stream.
 
-        thresholds: [num_steps], chance of acceptance below which a draft is not worth its layer;
-        None where the depth is fixed, which spares the confidences.
-        calibration: chance of acceptance by equal bins of a layer's confidence in its draft.
+        stop_rule: when a pass ends before its last layer; None: never, which spares the
+        confidences.
         """
         self.num_steps = num_steps
         self.sampled = not sampling_info.is_all_greedy
         self.rule = SamplingRule.from_info(sampling_info) if self.sampled else None
         self.positions = positions.long()[:, None]
-        self.thresholds = thresholds
-        self.calibration = calibration
-        self.reach: Tensor | float = 1.0  # chance that all drafts so far are accepted, [B]
-        self.alive: Tensor | None = None  # [B] bool, requests that still draft
+        self.stop_rule = stop_rule
         self.drafts: list[Tensor] = []
-        self.confidences: list[Tensor] = []
         self.proposals: list[Tensor] = []
+        self.confidences: list[list[float]] = []  # per layer and request
 
     def __call__(self, layer: int, logits: Tensor) -> Tensor:
-        """Drafts [B] int64 from logits [B, V]; valid ids for every request."""
+        """Drafts [B] int64 from logits [B, V]."""
         if self.sampled:
             proposal = self.rule.distribution(logits[:, None]).squeeze(1)
             coin = self.rule.coins(self.positions, _FIRST_DRAFT_STREAM + layer).squeeze(1)
@@ -55,43 +46,27 @@ class DraftChooser:
             self.proposals.append(proposal)
         else:
             draft = logits.argmax(-1)
-        kept = draft
-        if self.thresholds is not None:
+        if self.stop_rule is not None:
             probs = proposal if self.sampled else logits.float().softmax(-1)
-            kept = self._worthwhile(layer, draft, probs.gather(1, draft[:, None]).squeeze(1))
-        self.drafts.append(kept)
+            self.confidences.append(probs.gather(1, draft[:, None]).squeeze(1).tolist())
+        self.drafts.append(draft)
         return draft
 
     @property
     def done(self) -> bool:
-        """Whether no request drafts on; reads the device, so only asked where that is free."""
-        return self.alive is not None and not bool(self.alive.any())
-
-    def _worthwhile(self, layer: int, draft: Tensor, confidence: Tensor) -> Tensor:
-        """The drafts [B], NO_DRAFT where the chance of being reached is below the threshold."""
-        self.confidences.append(confidence)
-        if self.thresholds[layer] <= 0:
-            return draft
-        table = torch.tensor(self.calibration, device=draft.device)
-        bins = (confidence * len(table)).long().clamp(max=len(table) - 1)
-        self.reach = self.reach * table[bins]
-        alive = self.reach >= self.thresholds[layer]
-        self.alive = alive if self.alive is None else self.alive & alive
-        return torch.where(self.alive, draft, NO_DRAFT)
+        """Whether the next layer is not worth running."""
+        return self.stop_rule is not None and self.stop_rule.stops(self.confidences)
 
     def draft_input(self, bonus: Tensor) -> EagleDraftInput:
         """What the scheduler relays to the next round; bonus: [B] token ids.
 
         Steps without a draft are filled with NO_DRAFT, because the relay has a fixed width.
         """
-        drafts = bonus.new_full((len(bonus), self.num_steps), NO_DRAFT, dtype=torch.int64)
-        confidences = torch.zeros(drafts.shape, device=drafts.device)
-        for step, draft in enumerate(self.drafts):
-            drafts[:, step] = draft
-        for step, confidence in enumerate(self.confidences):
-            confidences[:, step] = confidence
+        missing = self.num_steps - len(self.drafts)
+        none = torch.full_like(bonus, NO_DRAFT, dtype=torch.int64)
+        drafts = torch.stack([*self.drafts, *[none] * missing], dim=1)
         return EagleDraftInput(
-            topk_p=confidences,
+            topk_p=torch.zeros(drafts.shape, device=drafts.device),  # relayed, never read
             topk_index=drafts,
             bonus_tokens=bonus,
             num_tokens_per_req=1,

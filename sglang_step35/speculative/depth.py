@@ -9,7 +9,12 @@ from collections import deque
 
 import numpy as np
 
-from sglang_step35.speculative.adaptive import AdaptiveSettings, Calibration, DepthController
+from sglang_step35.speculative.adaptive import (
+    AdaptiveSettings,
+    Calibration,
+    DepthController,
+    StopRule,
+)
 from sglang_step35.speculative.settings import MTPSettings
 
 
@@ -51,6 +56,28 @@ class LayerLag:
         return slowest + self.num_layers + width + widest >= self.capacity
 
 
+class DraftLog:
+    """Host-side, per request-pool row: how many tokens its last pass drafted, how confidently."""
+
+    def __init__(self, pool_rows: int):
+        self._counts = [0] * pool_rows
+        self._confidences: list[list[float]] = [[] for _ in range(pool_rows)]
+
+    def note(self, rows: list[int], count: int, confidences: list[list[float]]) -> None:
+        """A pass drafted `count` tokens for each row; confidences[layer][b], empty if unknown."""
+        for b, row in enumerate(rows):
+            self._counts[row] = count
+            self._confidences[row] = [chances[b] for chances in confidences]
+
+    def counts(self, rows: list[int]) -> list[int]:
+        """Drafts of each row."""
+        return [self._counts[row] for row in rows]
+
+    def confidences(self, rows: list[int]) -> list[list[float]]:
+        """Probabilities of each row's drafts, empty where unknown."""
+        return [self._confidences[row] for row in rows]
+
+
 class DepthPlanner:
     """Adaptive depth for the worker: one controller per power of two of batch sizes.
 
@@ -66,12 +93,11 @@ class DepthPlanner:
         self._last: tuple[float, tuple, int] | None = None
 
     def begin_round(
-        self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]] = ()
+        self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]]
     ) -> None:
         """Note the start of a round that verifies offered[b] drafts of each request.
 
-        confidences[b]: the layers' probabilities of those drafts; empty where only the device
-        knows them.
+        confidences[b]: the layers' probabilities of those drafts; empty where they are unknown.
 
         The time from one round's start to the next, for an unchanged batch, is what a round costs,
         scheduling included.
@@ -97,8 +123,8 @@ class DepthPlanner:
         hits = [sum(o > i and a > i for o, a in pairs) for i in positions]
         if self.settings.adaptive:
             self._controller(size).observe_acceptance(tries, hits)
-            for (count, kept), chances in zip(pairs, confidences, strict=False):
-                for i in range(min(count, kept + 1)):
+            for (count, kept), chances in zip(pairs, confidences, strict=True):
+                for i in range(min(count, kept + 1, len(chances))):
                     self.calibration.observe(chances[i], kept > i)
         return tries, hits
 
@@ -108,16 +134,11 @@ class DepthPlanner:
             return self.settings.num_steps
         return self._controller(batch_size).next_depth()
 
-    def thresholds(self, batch_size: int) -> list[float] | None:
-        """Per layer: the chance of being reached below which it does not pay; None at fixed depth."""
+    def stop_rule(self, batch_size: int) -> StopRule | None:
+        """When the next pass stops early; None at fixed depth."""
         if not self.settings.adaptive:
             return None
-        return self._controller(batch_size).thresholds()
-
-    @property
-    def no_thresholds(self) -> list[float] | None:
-        """Thresholds that let every draft pass."""
-        return [0.0] * self.settings.num_steps if self.settings.adaptive else None
+        return StopRule(self._controller(batch_size).floors(), self.calibration.table())
 
     def _controller(self, batch_size: int) -> DepthController:
         bucket = max(1, batch_size).bit_length()

@@ -5,7 +5,6 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
 
-from sglang_step35.speculative.acceptance import NO_DRAFT
 from sglang_step35.speculative.rows import MTPRows
 
 
@@ -34,24 +33,19 @@ def plan_draft_attention(runner, forward_batch, rows: MTPRows) -> None:
         backend.init_forward_metadata(forward_batch)
 
 
-def stops_drafting(chooser) -> bool:
-    """Whether to end a draft pass early; on CUDA asking would wait for the device."""
-    return not chooser.drafts[-1].is_cuda and chooser.done
+def host_reads_are_free(device: torch.device) -> bool:
+    """Whether the host may read a tensor without waiting for a stream of kernels."""
+    return device.type == "cpu"
 
 
-def drafted_counts(drafts: Tensor) -> list[int]:
-    """Drafts of each request, from [B, S] int64 with NO_DRAFT where there is none.
+def verify_width(offered: list[int], num_steps: int, device: torch.device) -> int:
+    """Chain tokens of a verify step for offered[b] drafts of each request.
 
     On CUDA the window keeps its full width, which the captured graphs need.
     """
-    if drafts.is_cuda:
-        return [drafts.shape[1]] * len(drafts)
-    return (drafts != NO_DRAFT).sum(1).tolist()
-
-
-def host_confidences(confidences: Tensor) -> list[list[float]]:
-    """[B, S] on the host where reading them does not wait for the device, else nothing."""
-    return [] if confidences.is_cuda else confidences.tolist()
+    if host_reads_are_free(device):
+        return 1 + max(offered, default=num_steps)
+    return 1 + num_steps
 
 
 def chain_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:

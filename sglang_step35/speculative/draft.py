@@ -26,7 +26,6 @@ from torch import Tensor
 from sglang_step35.speculative.device import (
     attach_draft_attention,
     plan_draft_attention,
-    stops_drafting,
 )
 from sglang_step35.speculative.rows import MTPRows
 
@@ -81,7 +80,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
 
         hidden: [R, H], the backbone's hidden states before the final norm. chooser: called with
         (layer, logits [B, V]), returns the layer's drafts [B] int64.
-        Returns the number of layers that ran: fewer when no request drafts on.
+        Returns the number of layers that ran: fewer when the chooser stops the pass.
         """
         forward_batch = self._forward_batch(batch, rows, hidden)
         with self._draft_scope(), self._forward_scope(forward_batch):
@@ -93,7 +92,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
                 )
                 logits = self.model.compute_logits(layer, hidden[rows.last])
                 rows.line[rows.draft_at + layer] = chooser(layer, logits)
-                if stops_drafting(chooser):
+                if chooser.done:
                     return layer + 1
         return depth
 

@@ -15,8 +15,8 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.speculative.choose import DraftChooser
-from sglang_step35.speculative.depth import DepthPlanner, LayerLag
-from sglang_step35.speculative.device import drafted_counts, host_confidences
+from sglang_step35.speculative.depth import DepthPlanner, DraftLog, LayerLag
+from sglang_step35.speculative.device import host_reads_are_free, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.metrics import DraftCounters
 from sglang_step35.speculative.penalties import OutputCounts, PenaltyRule
@@ -89,6 +89,7 @@ class Step35SpecWorker(BaseSpecWorker):
         pool_rows = req_to_token_pool.req_to_token.shape[0]
         self.lag = LayerLag(pool_rows, self.settings.num_steps, self.capacity)
         self.depths = DepthPlanner(self.settings)
+        self.drafted = DraftLog(pool_rows)
         self.rings = RequestRings(
             pool_rows=pool_rows,
             capacity=self.capacity,
@@ -122,18 +123,20 @@ class Step35SpecWorker(BaseSpecWorker):
         rows = prefill.rows(result.next_token_ids)
         hidden = prefill.hidden(result.logits_output.hidden_states)
         prefill.remember(rows, hidden)
-        chooser = self._chooser(batch, batch.seq_lens, self.depths.no_thresholds)
+        chooser = self._chooser(batch, batch.seq_lens)
         self._draft_worker.run(batch, rows, hidden, steps, chooser)
         self.proposals.put(prefill.pool_indices, chooser.proposals)
+        self.drafted.note(prefill.pool_rows, steps, chooser.confidences)
         result.next_draft_input = chooser.draft_input(result.next_token_ids)
         return result
 
     def _round(self, batch, on_publish, grammar_barrier):
         draft_input = batch.spec_info or self._idle_input()
-        offered = drafted_counts(draft_input.topk_index)
+        pool_rows = [req.kv.req_pool_idx for req in batch.reqs]
+        offered = self.drafted.counts(pool_rows)
         rids = tuple(req.rid for req in batch.reqs)
-        self.depths.begin_round(rids, offered, host_confidences(draft_input.topk_p))
-        width = 1 + max(offered, default=self.settings.num_steps)
+        self.depths.begin_round(rids, offered, self.drafted.confidences(pool_rows))
+        width = verify_width(offered, self.settings.num_steps, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], draft_input.topk_index], dim=1)[:, :width]
         # [B, S, V] are copied here: only where a request samples.
@@ -145,21 +148,22 @@ class Step35SpecWorker(BaseSpecWorker):
             on_publish(outcome.result.new_seq_lens)
         self._remember_round(batch.req_pool_indices, seq_lens, outcome)
         self._count_accepted(batch, outcome)
-        chooser = self._draft(batch, seq_lens, seq_lens_cpu, outcome)
+        chooser = self._draft(batch, pool_rows, seq_lens, seq_lens_cpu, outcome)
         last = (outcome.accept_lens - 1)[:, None]
         bonus = outcome.tokens.gather(1, last).squeeze(1)
         outcome.result.next_draft_input = chooser.draft_input(bonus)
         return outcome.result
 
-    def _draft(self, batch, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome) -> DraftChooser:
+    def _draft(
+        self, batch, pool_rows: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor, outcome
+    ) -> DraftChooser:
         """Bring the MTP layers up to the committed length and draft the next chain."""
         steps, width = self.settings.num_steps, outcome.tokens.shape[1]
-        pool_rows = [req.kv.req_pool_idx for req in batch.reqs]
         depth = self.depths.next_depth(len(pool_rows))
-        thresholds = self.depths.thresholds(len(pool_rows))
-        if self.lag.must_catch_up(pool_rows, width, steps + 1):
-            depth, thresholds = steps, self.depths.no_thresholds
-        chooser = self._chooser(batch, outcome.result.new_seq_lens, thresholds)
+        full = self.lag.must_catch_up(pool_rows, width, steps + 1)
+        if full:
+            depth = steps
+        chooser = self._chooser(batch, outcome.result.new_seq_lens, may_stop=not full)
         ran = 0
         if depth:
             num_rows = self.lag.rows_needed(pool_rows, width, depth)
@@ -168,6 +172,7 @@ class Step35SpecWorker(BaseSpecWorker):
             )
             ran = self._draft_worker.run(batch, rows, hidden, depth, chooser)
         self.lag.note(pool_rows, width, ran)
+        self.drafted.note(pool_rows, ran, chooser.confidences)
         self.proposals.put(batch.req_pool_indices, chooser.proposals)
         return chooser
 
@@ -209,13 +214,14 @@ class Step35SpecWorker(BaseSpecWorker):
         self.rings.put(owners, positions, outcome.hidden.view(size, width, -1))
         self.rings.put_tokens(owners, positions + 1, outcome.tokens.clamp(min=0))
 
-    def _chooser(self, batch, positions: Tensor, thresholds: list[float] | None) -> DraftChooser:
+    def _chooser(self, batch, positions: Tensor, may_stop: bool = False) -> DraftChooser:
+        # Where reading a confidence waits for the device, passes run to their planned depth.
+        asks = may_stop and host_reads_are_free(positions.device)
         return DraftChooser(
             batch.sampling_info,
             positions,
             num_steps=self.settings.num_steps,
-            thresholds=thresholds,
-            calibration=self.depths.calibration.table(),
+            stop_rule=self.depths.stop_rule(len(batch.reqs)) if asks else None,
         )
 
     def _count_first_tokens(self, batch, next_token_ids: Tensor) -> None:
