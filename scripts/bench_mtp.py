@@ -4,11 +4,14 @@
 
 Starts one server after the other: MTP, adaptive MTP, speculation off, and SGLang's own torch_native
 attention without speculation, so that a ratio compares two measurements minutes apart on one
-machine. Ends in one JSON line.
+machine. Workloads: held-out code; random ids at temperature 3; and, because the nano checkpoint
+drafts well on both, the code with MTP layers whose weights are shuffled, which draft nothing useful.
+Ends in one JSON line.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -17,8 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import torch
 from nano_model import generate, prompts, random_ids
+from safetensors.torch import load_file, save_file
 from servers import MTP_ARGS, NANO_ARGS, ServerPool
+
+from sglang_step35.cli.nano import NANO
 
 VARIANTS = {
     "mtp": MTP_ARGS,
@@ -42,11 +49,24 @@ class Measurement:
 
 
 def workloads(count: int) -> dict[str, tuple[list[list[int]], dict]]:
-    """Prompts and sampling options: held-out code, and uniformly random ids as the bad case."""
+    """Prompts and sampling options of the packaged checkpoint's workloads."""
     return {
         "code": (prompts()[:count], {}),
         "random": (random_ids(count, 60, seed=9), {"temperature": 3.0}),
     }
+
+
+def shuffled_drafts(directory: Path) -> Path:
+    """The packaged checkpoint with shuffled input projections in its MTP layers."""
+    shutil.copytree(NANO, directory)
+    weights = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith(".eh_proj.weight"):
+            order = torch.randperm(weight.numel(), generator=generator)
+            weights[name] = weight.flatten()[order].view(weight.shape)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 def measure(server, variant: str, workload: str, requests, tokens: int, options) -> Measurement:
@@ -114,13 +134,20 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         pool = ServerPool(Path(folder))
+        shuffled = shuffled_drafts(Path(folder) / "shuffled")
+        checkpoints = [
+            (NANO, workloads(options.prompts)),
+            (shuffled, {"shuffled": (prompts()[: options.prompts], {})}),
+        ]
         for variant, flags in VARIANTS.items():
-            server = pool.get(*NANO_ARGS, "--dtype", options.dtype, *flags)
-            for name, (requests, sampling) in workloads(options.prompts).items():
-                results.append(
-                    measure(server, variant, name, requests, options.tokens, sampling)
-                )
-            pool.stop_all()
+            for model, tasks in checkpoints:
+                arguments = (*NANO_ARGS, "--model-path", str(model), "--dtype", options.dtype, *flags)
+                server = pool.get(*arguments)
+                for name, (requests, sampling) in tasks.items():
+                    results.append(
+                        measure(server, variant, name, requests, options.tokens, sampling)
+                    )
+                pool.stop_all()
     if options.plot:
         plot(results, options.plot)
     print(table(results))
