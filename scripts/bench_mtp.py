@@ -1,17 +1,18 @@
 """Decode speed with MTP on and off, same prompts, same run, on the packaged nano checkpoint.
 
-    python scripts/bench_mtp.py [--prompts 12] [--tokens 128] [--dtype bfloat16] [--plot FILE]
+    python scripts/bench_mtp.py [--prompts 12] [--tokens 128] [--passes 3] [--dtype bfloat16] [--plot FILE]
 
-Starts one server after the other: MTP, adaptive MTP, speculation off, and SGLang's own torch_native
-attention without speculation, so that a ratio compares two measurements minutes apart on one
-machine. Workloads: held-out code; random ids at temperature 3; and, because the nano checkpoint
-drafts well on both, the code with MTP layers whose weights are shuffled, which draft nothing useful.
-Ends in one JSON line.
+Four servers at once, asked in turn, one request at a time: MTP, adaptive MTP, speculation off, and
+SGLang's own torch_native attention without speculation. A machine that slows down for a minute thus
+slows all of them; the median pass counts. Workloads: held-out code; random ids at temperature 3; and,
+because the nano checkpoint drafts well on both, the code with MTP layers whose weights are shuffled,
+which draft nothing useful. Ends in one JSON line.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -69,23 +70,35 @@ def shuffled_drafts(directory: Path) -> Path:
     return directory
 
 
-def measure(server, variant: str, workload: str, requests, tokens: int, options) -> Measurement:
-    """Two passes over the prompts, one request at a time; the first warms caches up."""
-    for _ in range(2):
-        start = time.perf_counter()
-        answers = [generate(server, ids, tokens, **options) for ids in requests]
-        seconds = time.perf_counter() - start
-    count = tokens * len(requests)
+def measure(servers: dict, workload: str, requests, options, sampling: dict) -> list[Measurement]:
+    """Passes over the prompts, every server in turn; the first pass warms caches up."""
+    seconds, answers = {variant: [] for variant in servers}, {variant: [] for variant in servers}
+    for number in range(1 + options.passes):
+        for variant, server in servers.items():
+            start = time.perf_counter()
+            found = [generate(server, ids, options.tokens, **sampling) for ids in requests]
+            if number:
+                seconds[variant].append(time.perf_counter() - start)
+                answers[variant] += found
+    return [
+        summary(variant, workload, options.tokens * len(requests), seconds[variant], answers[variant])
+        for variant in servers
+    ]
+
+
+def summary(variant: str, workload: str, count: int, seconds: list[float], answers) -> Measurement:
+    """count: tokens of a pass. seconds: one entry a pass. answers: of all passes."""
     histograms = [a["meta_info"].get("spec_correct_drafts_histogram") or [] for a in answers]
     totals = [sum(h[i] for h in histograms if len(h) > i) for i in range(4)]
     rounds = sum(totals)
     acceptance = [round(sum(totals[i:]) / rounds, 3) for i in (1, 2, 3)] if rounds else []
+    pass_seconds = statistics.median(seconds)
     return Measurement(
         variant=variant,
         workload=workload,
-        tokens_per_second=round(count / seconds, 1),
-        milliseconds_per_token=round(1000 * seconds / count, 2),
-        accept_length=round(count / rounds, 2) if rounds else 1.0,
+        tokens_per_second=round(count / pass_seconds, 1),
+        milliseconds_per_token=round(1000 * pass_seconds / count, 2),
+        accept_length=round(len(seconds) * count / rounds, 2) if rounds else 1.0,
         acceptance=acceptance,
     )
 
@@ -128,26 +141,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--passes", type=int, default=3, help="measured, after one to warm up")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--plot", type=Path, help="also write a PNG here")
     options = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        pool = ServerPool(Path(folder))
+        pool = ServerPool(Path(folder), alive=len(VARIANTS))
         shuffled = shuffled_drafts(Path(folder) / "shuffled")
         checkpoints = [
             (NANO, workloads(options.prompts)),
             (shuffled, {"shuffled": (prompts()[: options.prompts], {})}),
         ]
-        for variant, flags in VARIANTS.items():
+        try:
             for model, tasks in checkpoints:
-                arguments = (*NANO_ARGS, "--model-path", str(model), "--dtype", options.dtype, *flags)
-                server = pool.get(*arguments)
+                common = (*NANO_ARGS, "--model-path", str(model), "--dtype", options.dtype)
+                servers = {v: pool.get(*common, *flags) for v, flags in VARIANTS.items()}
                 for name, (requests, sampling) in tasks.items():
-                    results.append(
-                        measure(server, variant, name, requests, options.tokens, sampling)
-                    )
+                    results += measure(servers, name, requests, options, sampling)
                 pool.stop_all()
+        finally:
+            pool.stop_all()
     if options.plot:
         plot(results, options.plot)
     print(table(results))

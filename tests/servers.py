@@ -112,8 +112,9 @@ def stop(server: Server) -> None:
 class ServerPool:
     """Servers keyed by their arguments. A set of arguments that failed once fails at once afterwards."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, alive: int = ALIVE):
         self.folder = folder
+        self.alive = alive
         self.running: OrderedDict[tuple[str, ...], Server] = OrderedDict()
         self.failed: dict[tuple[str, ...], str] = {}
         self.started = 0
@@ -133,7 +134,7 @@ class ServerPool:
         return server
 
     def _start(self, key: tuple, args: tuple[str, ...], env: dict[str, str]) -> Server:
-        while len(self.running) >= ALIVE:
+        while len(self.running) >= self.alive:
             stop(self.running.popitem(last=False)[1])
         self.started += 1
         server = launch(args, self.folder / f"server-{self.started}.log", env)

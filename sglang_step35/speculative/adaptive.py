@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 
+_RARELY = 1e-6  # in place of an acceptance of 0
+
+
 @dataclass(frozen=True)
 class AdaptiveSettings:
     """max_depth: MTP layers in use. smoothing: weight of one draft in the running acceptance.
@@ -27,7 +30,7 @@ class AdaptiveSettings:
     window: int = 32
     enough: int = 3
     probe_every: int = 16
-    probe_at_most: int = 256
+    probe_at_most: int = 512
     gain: float = 0.02
 
 
@@ -124,11 +127,16 @@ class Calibration:
 
 @dataclass
 class DepthController:
-    """Running estimates for one batch-size bucket, and the depth they lead to."""
+    """Running estimates for one batch-size bucket, and the depth they lead to.
+
+    acceptance: [max_depth] conditional rates. cost: [max_depth + 1] seconds of a round by depth,
+    None where too few were seen.
+    """
 
     settings: AdaptiveSettings
     depth: int = field(init=False)
     acceptance: list[float] = field(init=False)
+    cost: list[float | None] = field(init=False)
     _seconds: list[deque] = field(init=False)
     _rounds: int = field(init=False, default=0)
     _wait: int = field(init=False)
@@ -139,20 +147,16 @@ class DepthController:
         self.acceptance = [0.5] * self.settings.max_depth
         depths = range(self.settings.max_depth + 1)
         self._seconds = [deque(maxlen=self.settings.window) for _ in depths]
+        self.cost = [None for _ in depths]
         self._wait = self.settings.probe_every
         self._turns = deque(depths)
 
     def observe_round(self, depth: int, seconds: float) -> None:
         """Note the time of a round that drafted and verified `depth` tokens."""
-        self._seconds[depth].append(seconds)
-
-    @property
-    def cost(self) -> list[float | None]:
-        """Seconds of a round by depth; None where too few were seen."""
-        enough = self.settings.enough
-        return [
-            sorted(seen)[len(seen) // 4] if len(seen) >= enough else None for seen in self._seconds
-        ]
+        seen = self._seconds[depth]
+        seen.append(seconds)
+        if len(seen) >= self.settings.enough:
+            self.cost[depth] = sorted(seen)[len(seen) // 4]
 
     def observe_acceptance(self, offered: list[int], accepted: list[int]) -> None:
         """Per draft position: requests that reached it with a draft, and those it was accepted for."""
@@ -163,12 +167,10 @@ class DepthController:
 
     def next_depth(self) -> int:
         """Depth of the next round: the best one known, now and then one to be measured anew."""
-        cost = self.cost
-        unmeasured = [d for d, seconds in enumerate(cost) if seconds is None]
-        if unmeasured:
-            return unmeasured[-1]
+        if None in self.cost:
+            return max(d for d, seconds in enumerate(self.cost) if seconds is None)
         before = self.depth
-        self.depth = best_depth(self.acceptance, cost, before, self.settings.gain)
+        self.depth = best_depth(self.acceptance, self.cost, before, self.settings.gain)
         if self.depth != before:
             self._wait = self.settings.probe_every
         self._rounds += 1
@@ -178,9 +180,11 @@ class DepthController:
         """`StopRule.floors`; 0, which never stops, until every depth was measured."""
         cost, depths = self.cost, range(1, self.settings.max_depth)
         if None in cost:
-            return [0.0 for _ in depths]
+            return [0.0] * len(depths)
         best = max(expected_tokens(self.acceptance, d) / cost[d] for d in range(len(cost)))
-        return [best * max(0.0, cost[d + 1] - cost[d]) / self.acceptance[d] for d in depths]
+        extra = [max(0.0, cost[d + 1] - cost[d]) for d in depths]
+        hopes = [max(self.acceptance[d], _RARELY) for d in depths]
+        return [best * seconds / hope for seconds, hope in zip(extra, hopes, strict=True)]
 
     def _probe(self) -> int:
         """Forget what another depth cost, so that the next rounds measure it; returns it."""
@@ -188,5 +192,7 @@ class DepthController:
         self._turns.rotate(-1)
         if self._turns[-1] == self.depth:
             self._turns.rotate(-1)
-        self._seconds[self._turns[-1]].clear()
-        return self._turns[-1]
+        depth = self._turns[-1]
+        self._seconds[depth].clear()
+        self.cost[depth] = None
+        return depth

@@ -7,8 +7,6 @@ the pass starts that much earlier; the rings hold the hidden states it needs.
 import time
 from collections import deque
 
-import numpy as np
-
 from sglang_step35.speculative.adaptive import (
     AdaptiveSettings,
     Calibration,
@@ -23,36 +21,34 @@ class LayerLag:
 
     def __init__(self, pool_rows: int, num_layers: int, capacity: int):
         self.capacity = capacity
-        self.behind = np.zeros((pool_rows, num_layers), dtype=np.int64)
-
-    @property
-    def num_layers(self) -> int:
-        return self.behind.shape[1]
+        self.num_layers = num_layers
+        self.behind = [[0] * num_layers for _ in range(pool_rows)]
 
     def of(self, row: int) -> int:
         """Positions by which the row's slowest layer lags."""
-        return int(self.behind[row].max())
+        return max(self.behind[row])
 
     def begin(self, rows: list[int]) -> None:
         """A prefill ran every layer for these rows."""
-        self.behind[rows] = 0
+        for row in rows:
+            self.behind[row] = [0] * self.num_layers
 
     def rows_needed(self, rows: list[int], width: int, depth: int) -> int:
         """Rows of a pass of the first `depth` layers after a verify of `width` tokens.
 
         Layer i recomputes its i last rows as well, see `state`.
         """
-        reach = self.behind[rows, :depth] + np.arange(depth)
-        return width + int(reach.max(initial=0))
+        reach = (lag + i for row in rows for i, lag in enumerate(self.behind[row][:depth]))
+        return width + max(reach, default=0)
 
     def note(self, rows: list[int], width: int, depth: int) -> None:
         """The first `depth` layers ran after a verify of `width` tokens."""
-        self.behind[rows, depth:] += width
-        self.behind[rows, :depth] = 0
+        for row in rows:
+            self.behind[row] = [0] * depth + [lag + width for lag in self.behind[row][depth:]]
 
     def must_catch_up(self, rows: list[int], width: int, widest: int) -> bool:
         """Whether skipping a layer now could outrun the rings before the next round."""
-        slowest = int(self.behind[rows].max(initial=0))
+        slowest = max(map(self.of, rows), default=0)
         return slowest + self.num_layers + width + widest >= self.capacity
 
 

@@ -103,13 +103,12 @@ class TargetVerifier:
         width = chain.shape[1]
         if info.has_custom_logit_processor:
             apply_custom_logit_processor(logits, info, num_tokens_in_batch=width)
-        rules = [PenaltyRule.from_request(req) for req in batch.reqs]
-        ids = chain.clamp(min=0)
-        for b, (req, rule) in enumerate(zip(batch.reqs, rules, strict=True)):
+        for b, req in enumerate(batch.reqs):
             window = slice(b * width, (b + 1) * width)
+            rule = PenaltyRule.from_request(req)
             if rule is not None:
-                counts = self.counts.of(req.kv.req_pool_idx, req)
-                logits[window] = penalise(logits[window].float(), counts, ids[b, 1:], rule)
+                counts, drafts = self.counts.of(req.kv.req_pool_idx, req), chain[b, 1:].clamp(min=0)
+                logits[window] = penalise(logits[window].float(), counts, drafts, rule)
             if req.sampling_params.min_new_tokens > 0:
                 self._forbid_early_stop(logits[window], req, batch.seq_lens[b])
         if info.logit_bias is not None:

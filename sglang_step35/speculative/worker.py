@@ -32,7 +32,7 @@ from sglang_step35.speculative.verify import TargetVerifier
 
 # Positions kept per request: a verify window and the rows recomputed with it, or, where rounds
 # may skip layers, as many rounds as skip before the layers must catch up.
-_FIXED_CAPACITY, _ADAPTIVE_CAPACITY = 16, 64
+_FIXED_CAPACITY, _ADAPTIVE_CAPACITY = 16, 128
 
 
 class Step35SpecWorker(BaseSpecWorker):
@@ -138,7 +138,7 @@ class Step35SpecWorker(BaseSpecWorker):
         self.depths.begin_round(rids, offered, self.drafted.confidences(pool_rows))
         width = verify_width(offered, self.settings.num_steps, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
-        chain = torch.cat([bonus[:, None], draft_input.topk_index], dim=1)[:, :width]
+        chain = torch.cat([bonus[:, None], draft_input.topk_index[:, : width - 1]], dim=1)
         # [B, S, V] are copied here: only where a request samples.
         greedy = batch.sampling_info.is_all_greedy
         proposal = None if greedy else self.proposals.get(batch.req_pool_indices, width - 1)
@@ -163,7 +163,8 @@ class Step35SpecWorker(BaseSpecWorker):
         full = self.lag.must_catch_up(pool_rows, width, steps + 1)
         if full:
             depth = steps
-        chooser = self._chooser(batch, outcome.result.new_seq_lens, may_stop=not full)
+        may_stop = depth > 1 and not full
+        chooser = self._chooser(batch, outcome.result.new_seq_lens, may_stop)
         ran = 0
         if depth:
             num_rows = self.lag.rows_needed(pool_rows, width, depth)
