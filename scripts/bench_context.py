@@ -4,10 +4,10 @@
                                     [--plot FILE]
     python scripts/bench_context.py --full-context
 
-One server after the other, bfloat16, one request at a time: ours with MTP and without, then SGLang's
-torch_native attention without speculation. That one computes the whole sequence again for every
-chunk and for a hit, so that prompts past --stock-chunked-up-to go in as a single chunk, its best
-case, and are not repeated. The checkpoint has random weights and a quarter of the published heads
+One server after the other, bfloat16, one request at a time, prefill in chunks of 2,048 (SGLang's
+default below 20 GB): ours with MTP and without, then SGLang's torch_native attention without
+speculation. That one computes the whole sequence again for every chunk and for a hit, so that
+prompts past --stock-chunked-up-to go in as a single chunk, its best case, and are not repeated. The checkpoint has random weights and a quarter of the published heads
 (context/checkpoint.py); `--checkpoint nano` takes the packaged one. --full-context serves the whole
 context of 262,144 tokens with MTP and a sliding-window pool of 8,192, on the nano checkpoint unless
 told otherwise. Prints tables and ends in one JSON line.
@@ -48,7 +48,8 @@ def main() -> None:
         model = model_args(options, Path(folder))
         try:
             for variant, flags, lengths in runs(options):
-                flags = (*NANO_ARGS, *model, "--dtype", options.dtype, *flags)
+                common = (*NANO_ARGS, *model, "--dtype", options.dtype)
+                flags = (*common, "--chunked-prefill-size", str(options.chunk), *flags)
                 server = pool.get(*flags, OMP_NUM_THREADS=str(options.threads))
                 for result in measured(server, variant, lengths, options):
                     results.append(result)
@@ -64,6 +65,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lengths", type=lengths, default="1024,8192,16384,32768", help="ours; prompt and output")
     parser.add_argument("--stock-lengths", type=lengths, default="1024,8192,16384,32768")
     parser.add_argument("--stock-chunked-up-to", type=int, default=16384)
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
     parser.add_argument("--full-context", action="store_true", help="262,144 tokens instead, ours with MTP only")
     parser.add_argument("--tokens", type=int, default=96, help="decoded per length")
     parser.add_argument("--stock-tokens", type=int, default=24)

@@ -17,6 +17,7 @@ _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_SPECULATIVE_ARGS = "sglang.srt.arg_groups.speculative_hook"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _TREE_CORES = "sglang.srt.mem_cache.unified_cache.tree_core_registry"
 
@@ -62,6 +63,8 @@ def _register_attention_backends() -> None:
     from sglang.srt.arg_groups.choices import (
         ATTENTION_BACKEND_CHOICES,
         add_attention_backend_choices,
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
     )
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
@@ -69,6 +72,9 @@ def _register_attention_backends() -> None:
 
     if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([ATTENTION_BACKEND])
+        # No atomics, and a request's keys are always read in the same order.
+        add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
+        add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
         register_attention_backend(ATTENTION_BACKEND)(create_backend)
     register_attention_backend("flashinfer")(create_flashinfer_backend)
 
@@ -78,8 +84,8 @@ def _hooks() -> list[Hook]:
 
     from sglang_step35.cache.lookahead import (
         LookaheadKey,
+        cap_insert,
         select_tree_core,
-        skip_short_insert,
     )
     from sglang_step35.http.admission import generate
     from sglang_step35.http.anthropic import (
@@ -97,8 +103,9 @@ def _hooks() -> list[Hook]:
         # The MTP layers' KV depends on more tokens ahead than SGLang's bigram keys cover.
         Hook("sglang.srt.mem_cache.radix_cache.RadixKey", "replace", LookaheadKey),
         Hook(f"{_TREE_CORES}.select_tree_core_backend", "after", select_tree_core),
-        Hook(f"{_RADIX_CACHE}.checkpoint_into_tree", "before", skip_short_insert),
+        Hook(f"{_RADIX_CACHE}.checkpoint_into_tree", "before", cap_insert),
         Hook(f"{_ADAPTIVE}.adaptive_unsupported_reason", "around", adaptive_unsupported_reason),
+        Hook(f"{_SPECULATIVE_ARGS}._disable_overlap_schedule_for_cpu", "around", keep_overlap),
         # What a request may ask is checked nowhere whole before the scheduler dies of it.
         Hook(f"{_TOKENIZER_MANAGER}.generate_request", "around", generate),
         # The last step before the HTTP server starts; SGLang has no registry for middleware.
@@ -170,6 +177,15 @@ def adaptive_unsupported_reason(stock_reason, server_args) -> str | None:
     if not serves_mtp(server_args) or attn_dp_enabled_of(resolved_view(server_args)):
         return stock_reason(server_args)
     return None
+
+
+def keep_overlap(disable_overlap, server_args) -> None:
+    """Leave overlap scheduling on CPUs to `--disable-overlap-schedule` with our worker.
+
+    SGLang switches it off for speculation on CPUs, because none of its own workers does both.
+    """
+    if not serves_mtp(server_args):
+        disable_overlap(server_args)
 
 
 def create_step35_worker(create_worker, algorithm, server_args):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_step35.cache.lookahead import LookaheadKey, skip_short_insert
+from sglang_step35.cache.lookahead import LookaheadKey, cap_insert, set_lag
 
 TOKENS = st.lists(st.integers(0, 2), max_size=14)
 LOOKAHEAD = st.integers(1, 3)
@@ -81,13 +81,28 @@ def test_namespaces_are_kept():
         salted.match(LookaheadKey(array("q", [1, 2, 3, 4]), None, 3))
 
 
+class Pool:
+    """Stands for SGLang's request pool."""
+
+
+def capped(up_to, lag=None):
+    """Tokens inserted of a request whose prefix of 33 rows came from the cache, with S = 3."""
+    pool = Pool()
+    if lag is not None:
+        set_lag(pool, [0, 0, lag].__getitem__)
+    cache = SimpleNamespace(tree_core=SimpleNamespace(is_eagle=3), req_to_token_pool=pool)
+    req = SimpleNamespace(kv=SimpleNamespace(cache_protected_len=33, req_pool_idx=2))
+    arguments, options = cap_insert(cache, req, up_to=up_to, extra=1)
+    assert arguments == (cache, req) and options == {"up_to": options["up_to"], "extra": 1}
+    return options["up_to"]
+
+
 @pytest.mark.parametrize("up_to, inserted", [(33, 0), (35, 0), (36, 36), (50, 50)])
 def test_an_insert_never_covers_less_than_the_cached_prefix(up_to, inserted):
     """A prefix of 33 rows was matched with 36 tokens; a chunk may end before the 36th."""
-    cache = SimpleNamespace(tree_core=SimpleNamespace(is_eagle=3))
-    req = SimpleNamespace(kv=SimpleNamespace(cache_protected_len=33))
-    changed = skip_short_insert(cache, req, up_to=up_to, extra=1)
-    if inserted:
-        assert changed is None
-    else:
-        assert changed == ((cache, req), {"up_to": 0, "extra": 1})
+    assert capped(up_to) == capped(up_to, lag=0) == inserted
+
+
+@pytest.mark.parametrize("lag, inserted", [(1, 49), (14, 36), (15, 0), (60, 0)])
+def test_an_insert_stops_where_mtp_kv_is_not_final(lag, inserted):
+    assert capped(50, lag) == inserted

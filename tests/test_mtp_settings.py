@@ -10,12 +10,13 @@ from sglang_step35.speculative.settings import (
     check_settings,
 )
 
-GOOD = {"num_steps": 3, "topk": 1, "num_draft_tokens": 4, "num_mtp_layers": 3}
+GOOD = {"num_steps": 3, "topk": 1, "num_draft_tokens": 4, "num_mtp_layers": 3, "attention_dp": 1}
 
 
 @pytest.mark.parametrize("steps, layers", [(3, 3), (1, 3), (2, 2), (1, 1)])
 def test_as_many_steps_as_layers_or_fewer(steps, layers):
-    check_settings(num_steps=steps, topk=1, num_draft_tokens=steps + 1, num_mtp_layers=layers)
+    shape = {"num_steps": steps, "num_draft_tokens": steps + 1, "num_mtp_layers": layers}
+    check_settings(**{**GOOD, **shape})
     assert MTPSettings(num_steps=steps).num_draft_tokens == steps + 1
 
 
@@ -27,6 +28,7 @@ def test_as_many_steps_as_layers_or_fewer(steps, layers):
         ({"num_steps": 4, "num_draft_tokens": 5}, "--speculative-num-steps 4.*use 1 to 3"),
         ({"num_steps": 0, "num_draft_tokens": 1}, "--speculative-num-steps 0"),
         ({"num_draft_tokens": 8}, "--speculative-num-draft-tokens 8.*= 4"),
+        ({"attention_dp": 2}, "--attn-dp-size"),
     ],
 )
 def test_what_cannot_work_is_refused(change, message):

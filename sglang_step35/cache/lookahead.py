@@ -10,6 +10,8 @@ the number of lookahead tokens travels in the same field: 0 none, 1 bigrams, S f
 """
 
 from array import array
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -17,6 +19,9 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore
 from sglang.srt.runtime_context import get_spec
 
 TREE_CORE = "step35_lookahead"
+
+# Per request pool: a pool row's last committed positions whose MTP KV is yet to be computed.
+_lags: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class LookaheadKey(RadixKey):
@@ -101,13 +106,22 @@ def select_tree_core(selected: str, params) -> str | None:
     return TREE_CORE if params.is_eagle else None
 
 
-def skip_short_insert(cache, req, *, up_to: int, **options) -> tuple[tuple, dict] | None:
-    """Insert nothing where the known tokens cover fewer units than the request's cached prefix.
+def set_lag(req_to_token_pool, lag: Callable[[int], int]) -> None:
+    """Let inserts of requests in this pool stop `lag(pool row)` positions early."""
+    _lags[req_to_token_pool] = lag
 
-    A hit of P rows looked at P + lookahead tokens; a chunk may end before that many are computed,
-    and SGLang asserts that an insert covers the prefix it starts from.
+
+def cap_insert(cache, req, *, up_to: int, **options) -> tuple[tuple, dict]:
+    """Insert only rows whose MTP KV is final.
+
+    Rounds that skipped MTP layers leave a request's last rows without their KV. Nothing is inserted
+    where fewer units would remain than the request's cached prefix has: SGLang asserts that an
+    insert covers the prefix it starts from. A hit of P rows looked at P + lookahead tokens, and a
+    chunk, too, may end before that many are computed.
     """
-    lookahead = int(cache.tree_core.is_eagle)
-    if up_to - lookahead >= req.kv.cache_protected_len:
-        return None
-    return (cache, req), {"up_to": 0, **options}
+    lag = _lags.get(cache.req_to_token_pool)
+    if lag is not None:
+        up_to -= lag(req.kv.req_pool_idx)
+    if up_to - int(cache.tree_core.is_eagle) < req.kv.cache_protected_len:
+        up_to = 0
+    return (cache, req), {"up_to": up_to, **options}

@@ -25,7 +25,7 @@ class MTPSettings:
 
 
 def check_settings(
-    *, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int
+    *, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int, attention_dp: int
 ) -> None:
     """Raise SpeculativeSettingsError naming the flag that cannot work."""
     if num_mtp_layers < 1:
@@ -46,6 +46,12 @@ def check_settings(
         raise SpeculativeSettingsError(
             f"--speculative-num-draft-tokens {num_draft_tokens}: must be "
             f"--speculative-num-steps + 1 = {num_steps + 1}"
+        )
+    if attention_dp > 1:
+        raise SpeculativeSettingsError(
+            f"data-parallel attention over {attention_dp} ranks (--attn-dp-size, "
+            "--enable-dp-attention): an MTP pass has more rows than SGLang gathers between ranks "
+            "for a verify step; use tensor parallelism alone, or remove --speculative-algorithm"
         )
 
 

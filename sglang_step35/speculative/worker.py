@@ -14,6 +14,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
+from sglang_step35.cache.lookahead import set_lag
 from sglang_step35.speculative.choose import DraftChooser
 from sglang_step35.speculative.depth import DepthPlanner, DraftLog, LayerLag
 from sglang_step35.speculative.device import host_reads_are_free, verify_width
@@ -54,6 +55,7 @@ class Step35SpecWorker(BaseSpecWorker):
             topk=spec.speculative_eagle_topk,
             num_draft_tokens=spec.speculative_num_draft_tokens,
             num_mtp_layers=target_worker.model_config.num_nextn_predict_layers or 0,
+            attention_dp=get_parallel().attn_dp_size,
         )
         self.capacity = _ADAPTIVE_CAPACITY if self.settings.adaptive else _FIXED_CAPACITY
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
@@ -88,6 +90,7 @@ class Step35SpecWorker(BaseSpecWorker):
         config = runner.model_config
         pool_rows = req_to_token_pool.req_to_token.shape[0]
         self.lag = LayerLag(pool_rows, self.settings.num_steps, self.capacity)
+        set_lag(req_to_token_pool, self.lag.of)
         self.depths = DepthPlanner(self.settings)
         self.drafted = DraftLog(pool_rows)
         self.rings = RequestRings(
