@@ -16,7 +16,9 @@ _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
+_OVERLAP = "sglang.srt.managers.overlap_utils"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _SPECULATIVE_ARGS = "sglang.srt.arg_groups.speculative_hook"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _TREE_CORES = "sglang.srt.mem_cache.unified_cache.tree_core_registry"
@@ -63,8 +65,6 @@ def _register_attention_backends() -> None:
     from sglang.srt.arg_groups.choices import (
         ATTENTION_BACKEND_CHOICES,
         add_attention_backend_choices,
-        add_deterministic_attention_backend_choices,
-        add_radix_supported_deterministic_attention_backend_choices,
     )
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
@@ -72,9 +72,6 @@ def _register_attention_backends() -> None:
 
     if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([ATTENTION_BACKEND])
-        # No atomics, and a request's keys are always read in the same order.
-        add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
-        add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
         register_attention_backend(ATTENTION_BACKEND)(create_backend)
     register_attention_backend("flashinfer")(create_flashinfer_backend)
 
@@ -129,12 +126,17 @@ def _hooks() -> list[Hook]:
     if current_platform.is_out_of_tree():
         from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
-        from sglang_step35.platform.slots import assign_req_to_token
+        from sglang_step35.platform.seeds import hash32, keep_seeds
+        from sglang_step35.platform.slots import assign_req_to_token, gather_spec_extras
 
         # Triton kernels without a platform method.
         hooks += [
             Hook(f"{_ALLOCATION}.assign_req_to_token_pool_func", "replace", assign_req_to_token),
             Hook(f"{_ALLOCATION}.get_last_loc", "replace", get_last_loc_torch),
+            Hook(f"{_OVERLAP}.gather_spec_extras", "replace", gather_spec_extras),
+            # SGLang honours seeds only with batch-invariant kernels, which need CUDA.
+            Hook(f"{_SAMPLING}.adjusted_from_schedule_batch", "after", keep_seeds),
+            Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32),
         ]
     else:
         # Out-of-tree platforms name their worker themselves.

@@ -106,6 +106,19 @@ TABLE: tuple[Upstream, ...] = (
         _params("req_to_token req_pool_indices_tensor prefix_lens_tensor"),
         hooked=True,
     ),
+    Upstream(
+        f"{_SRT}.managers.overlap_utils.gather_spec_extras",
+        _params("indices topk_p_buf topk_index_buf output_tokens_buf hidden_states_buf"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch",
+        _params("self batch vocab_size"),
+        hooked=True,
+    ),
+    Upstream(
+        f"{_SRT}.layers.sampler.murmur_hash32", _params("seed positions col_indices"), hooked=True
+    ),
     # Speculative worker.
     Upstream(
         f"{_SRT}.speculative.spec_info.SpeculativeAlgorithm.create_worker",

@@ -54,3 +54,9 @@ def test_context_length_is_the_published_one(server):
 
     info = requests.get(f"{server.url}/v1/models", timeout=30).json()
     assert info["data"][0]["max_model_len"] == 262144
+
+
+def test_a_seed_gives_the_same_sample_again(server):
+    ids = prompts()[3]
+    outputs = [generate(server, ids, 16, temperature=1.0, sampling_seed=seed)["output_ids"] for seed in (1, 2, 1)]
+    assert outputs[0] == outputs[2] != outputs[1]

@@ -76,8 +76,8 @@ class SamplingRule:
         return hashed_uniform(self.seeds[:, None], positions, stream)
 
 
-def hashed_uniform(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
-    """Counter-based uniform numbers in [0, 1) from int64 seeds and positions (splitmix64)."""
+def hashed_uniform(seeds: Tensor, positions: Tensor, stream: int | Tensor) -> Tensor:
+    """Counter-based uniform numbers in [0, 1) from int64 seeds, positions and streams (splitmix64)."""
     state = seeds * -7046029254386353131 + positions * 1442695040888963407 + stream + 1
     state = (state ^ _shift(state, 30)) * -4658895280553007687
     state = (state ^ _shift(state, 27)) * -7723592293110705685
