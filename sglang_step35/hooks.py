@@ -16,10 +16,8 @@ _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
-_OVERLAP = "sglang.srt.managers.overlap_utils"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
-_SPECULATIVE_ARGS = "sglang.srt.arg_groups.speculative_hook"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _TREE_CORES = "sglang.srt.mem_cache.unified_cache.tree_core_registry"
 
@@ -102,7 +100,6 @@ def _hooks() -> list[Hook]:
         Hook(f"{_TREE_CORES}.select_tree_core_backend", "after", select_tree_core),
         Hook(f"{_RADIX_CACHE}.checkpoint_into_tree", "before", cap_insert),
         Hook(f"{_ADAPTIVE}.adaptive_unsupported_reason", "around", adaptive_unsupported_reason),
-        Hook(f"{_SPECULATIVE_ARGS}._disable_overlap_schedule_for_cpu", "around", keep_overlap),
         # What a request may ask is checked nowhere whole before the scheduler dies of it.
         Hook(f"{_TOKENIZER_MANAGER}.generate_request", "around", generate),
         # The last step before the HTTP server starts; SGLang has no registry for middleware.
@@ -127,13 +124,12 @@ def _hooks() -> list[Hook]:
         from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
         from sglang_step35.platform.seeds import hash32, keep_seeds
-        from sglang_step35.platform.slots import assign_req_to_token, gather_spec_extras
+        from sglang_step35.platform.slots import assign_req_to_token
 
         # Triton kernels without a platform method.
         hooks += [
             Hook(f"{_ALLOCATION}.assign_req_to_token_pool_func", "replace", assign_req_to_token),
             Hook(f"{_ALLOCATION}.get_last_loc", "replace", get_last_loc_torch),
-            Hook(f"{_OVERLAP}.gather_spec_extras", "replace", gather_spec_extras),
             # SGLang honours seeds only with batch-invariant kernels, which need CUDA.
             Hook(f"{_SAMPLING}.adjusted_from_schedule_batch", "after", keep_seeds),
             Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32),
@@ -179,15 +175,6 @@ def adaptive_unsupported_reason(stock_reason, server_args) -> str | None:
     if not serves_mtp(server_args) or attn_dp_enabled_of(resolved_view(server_args)):
         return stock_reason(server_args)
     return None
-
-
-def keep_overlap(disable_overlap, server_args) -> None:
-    """Leave overlap scheduling on CPUs to `--disable-overlap-schedule` with our worker.
-
-    SGLang switches it off for speculation on CPUs, because none of its own workers does both.
-    """
-    if not serves_mtp(server_args):
-        disable_overlap(server_args)
 
 
 def create_step35_worker(create_worker, algorithm, server_args):

@@ -107,11 +107,6 @@ TABLE: tuple[Upstream, ...] = (
         hooked=True,
     ),
     Upstream(
-        f"{_SRT}.managers.overlap_utils.gather_spec_extras",
-        _params("indices topk_p_buf topk_index_buf output_tokens_buf hidden_states_buf"),
-        hooked=True,
-    ),
-    Upstream(
         f"{_SRT}.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch",
         _params("self batch vocab_size"),
         hooked=True,
@@ -127,11 +122,6 @@ TABLE: tuple[Upstream, ...] = (
     ),
     Upstream(
         f"{_SRT}.speculative.adaptive_spec_params.adaptive_unsupported_reason",
-        _params("server_args"),
-        hooked=True,
-    ),
-    Upstream(
-        f"{_SRT}.arg_groups.speculative_hook._disable_overlap_schedule_for_cpu",
         _params("server_args"),
         hooked=True,
     ),

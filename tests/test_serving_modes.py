@@ -1,4 +1,4 @@
-"""A running server with MTP in the scheduler's other modes: no overlap, seeds, fewer layers, adaptive depth, shortage."""
+"""A running server with MTP in the scheduler's other modes: overlap, seeds, fewer layers, adaptive depth, shortage."""
 
 import itertools
 import random
@@ -6,35 +6,55 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import overlap_plugin
 import pytest
 import requests
 from cache_fuzz import SMALL_ARGS
 from checkpoints import CheckpointShape, make_checkpoint
 from nano_model import generate, generate_all, greedy, prompts, reference
 from reference import load_reference
-from servers import NANO_ARGS
-from test_serving_mtp import ARGS, exact_sequences, histogram
+from test_serving_mtp import ARGS, exact_sequences, histogram, penalised_greedy
 
 pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def server(serve):
-    """Without overlap scheduling; the other tests of MTP have it on, as on CUDA."""
-    return serve(*ARGS, "--disable-overlap-schedule")
+def overlapped(serve, tmp_path_factory):
+    """With overlap scheduling, as on CUDA, and one more of SGLang's plug-ins to allow it on a CPU."""
+    directory = tmp_path_factory.mktemp("plugin")
+    overlap_plugin.install_into(directory)
+    server = serve(*ARGS, PYTHONPATH=str(directory))
+    assert "Overlap schedule is not implemented" not in server.log.read_text()
+    return server
 
 
 @pytest.mark.parametrize("at_once", [1, 16])
-def test_without_overlap_greedy_output_is_the_target_models(server, at_once):
+def test_with_overlap_greedy_output_is_the_target_models(overlapped, at_once):
     wanted = prompts()[20:32]
-    answers = generate_all(server, wanted, 40, at_once=at_once)
+    answers = generate_all(overlapped, wanted, 40, at_once=at_once)
     assert [a["output_ids"] for a in answers] == [greedy(tuple(ids), 40) for ids in wanted]
 
 
-def test_without_overlap_the_drafts_equal_an_offline_loop(server):
-    for ids in prompts()[30:33]:
-        _, accepted = reference().speculative_greedy(ids, 40, 3)
-        assert histogram(generate(server, ids, 40)) == [accepted.count(i) for i in range(4)]
+def test_with_overlap_the_drafts_equal_an_offline_loop(overlapped):
+    """Until the last round, after which a finished request runs once more."""
+    for _ in range(2):
+        for ids in prompts()[30:33]:
+            _, accepted = reference().speculative_greedy(ids, 40, 3)
+            assert histogram(generate(overlapped, ids, 40)) == [accepted.count(i) for i in range(4)]
+
+
+def test_with_overlap_penalties_and_grammars_see_every_token(overlapped):
+    for ids in prompts()[64:66]:
+        answer = generate(overlapped, ids, 32, frequency_penalty=0.7, presence_penalty=0.3)
+        assert answer["output_ids"] == penalised_greedy(ids, 32, 0.7, 0.3, 1.0)
+    pattern = r"[a-z]{3,8}=[0-9]{2,12};"
+    for answer in generate_all(overlapped, prompts()[:4], 40, regex=pattern, ignore_eos=False):
+        assert re.fullmatch(pattern, answer["text"])
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    return serve(*ARGS)
 
 
 def test_a_seed_gives_the_same_output_alone_and_in_a_batch(server):

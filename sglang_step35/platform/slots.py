@@ -1,4 +1,4 @@
-"""Bookkeeping of request-pool rows in plain torch, where SGLang has only a Triton kernel."""
+"""Bookkeeping of KV slots in plain torch, where SGLang has only a Triton kernel."""
 
 import torch
 from torch import Tensor
@@ -22,15 +22,3 @@ def assign_req_to_token(
     within = torch.arange(len(rows), device=rows.device) - first.repeat_interleave(lengths)
     columns = start_offset.long().repeat_interleave(lengths) + within
     req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
-
-
-def gather_spec_extras(
-    indices: Tensor,
-    topk_p_buf: Tensor,
-    topk_index_buf: Tensor,
-    output_tokens_buf: Tensor,
-    hidden_states_buf: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Rows `indices` [B] of what overlap scheduling relays from one round to the next."""
-    hidden = None if hidden_states_buf is None else hidden_states_buf[indices]
-    return topk_p_buf[indices], topk_index_buf[indices], output_tokens_buf[indices], hidden
