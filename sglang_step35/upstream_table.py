@@ -27,6 +27,7 @@ def _params(text: str) -> tuple[str, ...]:
 
 
 _SRT = "sglang.srt"
+_RUNNER = f"{_SRT}.model_executor.runner"
 _FLASHINFER = f"{_SRT}.layers.attention.flashinfer_backend"
 
 TABLE: tuple[Upstream, ...] = (
@@ -162,6 +163,25 @@ TABLE: tuple[Upstream, ...] = (
     Upstream(f"{_SRT}.managers.utils.GenerationBatchResult"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleDraftInput"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleVerifyInput"),
+    # CUDA graphs of the draft pass.
+    Upstream(f"{_RUNNER}.DecodeCudaGraphRunner.capture", ("self",)),
+    Upstream(
+        f"{_RUNNER}.DecodeCudaGraphRunner.capture_one_shape",
+        _params("self size forward stream_idx variant_label attention_variant"),
+    ),
+    Upstream(
+        f"{_RUNNER}.get_batch_sizes_to_capture",
+        _params("model_runner captured_req_width gathered_buffer_required"),
+    ),
+    Upstream(
+        f"{_RUNNER}_backend.full_cuda_graph_backend.FullCudaGraphBackend.capture_one",
+        _params("self shape_key forward_fn capture_inputs post_warmup_hook"),
+    ),
+    Upstream(f"{_RUNNER}_backend.utils.resolve_decode_backend", _params("cuda_graph_runner")),
+    Upstream(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_out_graph",
+        _params("self forward_batch in_capture"),
+    ),
     # HTTP.
     Upstream(
         f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request",

@@ -1,6 +1,7 @@
 """Real `sglang serve` processes for tests: started on demand, shared between tests, stopped for certain."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -73,7 +74,8 @@ def launch(args: tuple[str, ...], log: Path, extra_env: dict[str, str]) -> Serve
     sglang = Path(sys.executable).with_name("sglang")
     command = [str(sglang), "serve", *args, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **extra_env}
-    if "cpu" in args and torch.accelerator.is_available():
+    device = dict(itertools.pairwise(args)).get("--device")  # given twice, the last one counts
+    if device == "cpu" and torch.accelerator.is_available():
         env["SGLANG_PLATFORM"] = "step35"  # elsewhere the CPU platform activates by itself
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -33,6 +33,29 @@ def plan_draft_attention(runner, forward_batch, rows: MTPRows) -> None:
         backend.init_forward_metadata(forward_batch)
 
 
+def capture_graphs(runner, num_layers: int):
+    """Graphs of the pass of these MTP layers behind a verify step; None where SGLang captures none."""
+    if current_platform.is_out_of_tree():
+        return None
+    from sglang.srt.environ import envs
+    from sglang.srt.model_executor.cuda_graph_config import (
+        Backend,
+        Phase,
+        check_cuda_graph_backend,
+    )
+    from sglang.srt.utils import require_gathered_buffer
+
+    from sglang_step35.speculative.graphs import MTPGraphRunner
+
+    if (
+        check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
+        or envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get()
+        or require_gathered_buffer()
+    ):
+        return None
+    return MTPGraphRunner(runner, num_layers)
+
+
 def host_reads_are_free(device: torch.device) -> bool:
     """Whether the host may read a tensor without waiting for a stream of kernels."""
     return device.type == "cpu"

@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
 )
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.base_spec_worker import EagleDraftWorkerBase
 from sglang.srt.speculative.draft_parallel import resolve_draft_parallel_layout
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
@@ -25,9 +26,35 @@ from torch import Tensor
 
 from sglang_step35.speculative.device import (
     attach_draft_attention,
+    capture_graphs,
     plan_draft_attention,
 )
 from sglang_step35.speculative.rows import MTPRows
+
+
+class EagerPass:
+    """One pass of the MTP layers, kernel by kernel. Letters: B requests, R rows, V vocabulary."""
+
+    def __init__(self, runner, forward_batch: ForwardBatch, rows: MTPRows, hidden: Tensor):
+        """hidden: [R, H], the backbone's hidden states before the final norm."""
+        plan_draft_attention(runner, forward_batch, rows)
+        self.model = runner.model
+        self.forward_batch = forward_batch
+        self.rows = rows
+        self.hidden = hidden
+
+    def logits(self, layer: int) -> Tensor:
+        """Run a layer; [B, V], its prediction after each request's last row."""
+        rows = self.rows
+        tokens = rows.line[rows.base + layer]
+        self.hidden = self.model.forward_layer(
+            layer, tokens, rows.positions, self.hidden, self.forward_batch
+        )
+        return self.model.compute_logits(layer, self.hidden[rows.last])
+
+    def put(self, layer: int, drafts: Tensor) -> None:
+        """Let the next layer read these drafts [B]."""
+        self.rows.line[self.rows.draft_at + layer] = drafts
 
 
 class MTPDraftWorker(EagleDraftWorkerBase):
@@ -53,6 +80,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             )
         self.draft_runner = self.draft_worker.model_runner
         self.model = self.draft_runner.model
+        self.graphs = None
         # Before the KV pools are sized: heads that differ from the backbone's take memory here.
         self.model.share_with(target_worker.model_runner.model)
 
@@ -65,8 +93,12 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             self.draft_worker.init_attention_backends()
             attach_draft_attention(self.draft_runner)
 
+    def init_cuda_graphs(self) -> None:
+        with self._draft_scope():
+            super().init_cuda_graphs()
+
     def _capture_cuda_graphs(self) -> None:
-        """The MTP pass runs eagerly; the target's verify step keeps its graphs."""
+        self.graphs = capture_graphs(self.draft_runner, get_spec().speculative_num_steps)
 
     def draft(self) -> None:
         """Unused: drafts come out of the pass that extends the MTP layers' KV."""
@@ -84,14 +116,12 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         """
         forward_batch = self._forward_batch(batch, rows, hidden)
         with self._draft_scope(), self._forward_scope(forward_batch):
-            plan_draft_attention(self.draft_runner, forward_batch, rows)
+            if self.graphs is not None and self.graphs.serves(rows):
+                layers = self.graphs.begin(forward_batch, rows, hidden)
+            else:
+                layers = EagerPass(self.draft_runner, forward_batch, rows, hidden)
             for layer in range(depth):
-                tokens = rows.line[rows.base + layer]
-                hidden = self.model.forward_layer(
-                    layer, tokens, rows.positions, hidden, forward_batch
-                )
-                logits = self.model.compute_logits(layer, hidden[rows.last])
-                rows.line[rows.draft_at + layer] = chooser(layer, logits)
+                layers.put(layer, chooser(layer, layers.logits(layer)))
                 if chooser.done:
                     return layer + 1
         return depth

@@ -1,0 +1,273 @@
+"""CUDA graphs of the MTP pass behind a verify step.
+
+SGLang's multi-layer runner has a model, a KV pool and a sampler in every layer's graph. Here each layer
+of one model is a graph, and choosing drafts, which depends on what the requests ask, stays between
+the graphs. Letters: B requests, W rows per request, L token-line entries per request, S MTP layers,
+H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+)
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.model_executor.input_buffers import ForwardInputBuffers
+from sglang.srt.model_executor.runner import (
+    DecodeCudaGraphRunner,
+    ShapeKey,
+    get_batch_sizes_to_capture,
+    model_capture_mode,
+)
+from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backend
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
+from torch import Tensor
+
+from sglang_step35.speculative.rows import MTPRows
+
+
+@dataclass
+class PassBuffers(ForwardInputBuffers):
+    """What captured passes of up to B requests read; see `MTPRows` for the indices.
+
+    positions, out_cache_loc, base: [B W] int64. line: [B L] int64. last: [B] int64.
+    hidden_states: [B W, H], the backbone's, then every layer's output.
+    req_pool_indices, seq_lens, extend_seq_lens: [B]. seq_lens_cpu: [B] on the host.
+    """
+
+    positions: Tensor
+    out_cache_loc: Tensor
+    base: Tensor
+    line: Tensor
+    last: Tensor
+    hidden_states: Tensor
+    req_pool_indices: Tensor
+    seq_lens: Tensor
+    extend_seq_lens: Tensor
+    seq_lens_cpu: Tensor
+
+    @classmethod
+    def allocate(
+        cls, size: int, width: int, num_layers: int, hidden_size: int, dtype, device
+    ) -> "PassBuffers":
+        """For `size` requests of `width` rows each."""
+        with torch.device(device):
+            rows = torch.zeros(size * width, dtype=torch.int64)
+            requests = torch.zeros(size, dtype=torch.int64)
+            return cls(
+                positions=rows.clone(),
+                out_cache_loc=rows.clone(),
+                base=rows.clone(),
+                line=torch.zeros(size * (width + num_layers), dtype=torch.int64),
+                last=requests.clone(),
+                hidden_states=torch.zeros(size * width, hidden_size, dtype=dtype),
+                req_pool_indices=requests.clone(),
+                seq_lens=torch.full_like(requests, width),
+                extend_seq_lens=torch.full_like(requests, width, dtype=torch.int32),
+                seq_lens_cpu=torch.full((size,), width, dtype=torch.int64, device="cpu"),
+            )
+
+    def load(self, rows: MTPRows, hidden: Tensor, req_pool_indices: Tensor, size: int) -> None:
+        """Fill in a pass, padded to `size` requests whose rows go to SGLang's dummy slot 0."""
+        width = rows.row_counts[0]
+        ends = torch.tensor(rows.ends, dtype=torch.int64)
+        values = {
+            "positions": rows.positions,
+            "out_cache_loc": rows.slots,
+            "base": rows.base,
+            "line": rows.line,
+            "last": rows.last,
+            "hidden_states": hidden,
+            "req_pool_indices": req_pool_indices,
+            "seq_lens": ends,
+            "seq_lens_cpu": ends,
+        }
+        count = len(rows.ends)
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            per_request = len(value) // count
+            buffer[: len(value)].copy_(value)
+            padding = buffer[len(value) : size * per_request]
+            padding.fill_(width if name.startswith("seq_lens") else 0)
+
+    def first(self, size: int) -> SimpleNamespace:
+        """The views that passes of `size` requests read."""
+        total = len(self.last)
+        buffers = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SimpleNamespace(
+            **{name: buffer[: size * (len(buffer) // total)] for name, buffer in buffers.items()}
+        )
+
+
+def pass_width(num_layers: int) -> int:
+    """Rows of a request: the verify window of S + 1 tokens, and the S - 1 before it whose KV is recomputed."""
+    return 2 * num_layers
+
+
+class MTPGraphRunner(DecodeCudaGraphRunner):
+    """Kept: SGLang's capture loop, its memory pool, graph backends and batch sizes; replaced: what is
+    captured and replayed, so that nothing of the parent's set-up runs.
+
+    num_layers: MTP layers in use. Serves passes of `pass_width` rows per request, which all are unless
+    rounds skip layers.
+    """
+
+    def __init__(self, runner, num_layers: int):
+        self.model_runner = runner
+        self.model = runner.model
+        self.attn_backend = runner.attn_backend
+        self.device = runner.device
+        self.device_module = torch.get_device_module(self.device)
+        self.num_layers = num_layers
+        width = self.captured_req_width = pass_width(num_layers)
+        self._set_what_the_capture_loop_reads()
+        self.capture_bs, _ = get_batch_sizes_to_capture(runner)
+        self.max_bs = max(self.capture_bs)
+        self.attn_backend.init_cuda_graph_state(self.max_bs, self.max_bs * width)
+        # A window of all its rows, so that even a dummy request has keys for each.
+        self.seq_len_fill_value = width
+        self.buffers = PassBuffers.allocate(
+            self.max_bs,
+            width,
+            num_layers,
+            runner.model_config.hidden_size,
+            runner.dtype,
+            self.device,
+        )
+        self.backend = resolve_decode_backend(self)
+        with model_capture_mode():
+            self.capture()
+
+    def _set_what_the_capture_loop_reads(self) -> None:
+        self.capture_forward_mode = ForwardMode.DRAFT_EXTEND_V2
+        self.capture_hidden_mode = CaptureHiddenMode.FULL
+        self.compile_bs = []
+        self.attention_graph_variants = None
+        self.enable_torch_compile = False
+        self.enable_profile_cuda_graph = False
+        self.enable_pdmux = False
+        self.record_nolora_graph = False
+        self.is_dllm = False
+
+    def warmup(self) -> None:
+        """The target's runner has warmed up the kernels."""
+
+    def capture_one_shape(self, size: int, forward, *_variant) -> None:
+        """Capture every layer for batches of `size` requests."""
+        batch = self._static_batch(size)
+        after_warmup = getattr(self.attn_backend, "on_after_cuda_graph_warmup", None)
+        with forward_context(ForwardContext(attn_backend=self.attn_backend), forward_batch=batch):
+            self.attn_backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            for layer in range(self.num_layers):
+                self.backend.capture_one(
+                    _key(size, layer),
+                    partial(self._run_layer, layer, batch),
+                    post_warmup_hook=after_warmup,
+                )
+
+    def _run_layer(self, layer: int, batch: ForwardBatch) -> Tensor:
+        """Logits [B, V]: what a graph records. Reads and writes nothing but buffers."""
+        if layer == 0:
+            self.attn_backend.init_forward_metadata_in_graph(batch)
+        views = self.buffers.first(batch.batch_size)
+        tokens = self.buffers.line[views.base + layer]
+        # Views are new objects for every layer: no graph uses what another one looked up.
+        out = self.model.forward_layer(layer, tokens, views.positions, views.hidden_states, batch)
+        views.hidden_states.copy_(out)
+        return self.model.compute_logits(layer, out[views.last])
+
+    def _static_batch(self, size: int) -> ForwardBatch:
+        """SGLang's description of a pass over the buffers."""
+        views, width = self.buffers.first(size), self.captured_req_width
+        batch = ForwardBatch(
+            forward_mode=ForwardMode.DRAFT_EXTEND_V2,
+            batch_size=size,
+            input_ids=views.base,
+            req_pool_indices=views.req_pool_indices,
+            seq_lens=views.seq_lens,
+            seq_lens_cpu=views.seq_lens_cpu,
+            seq_lens_sum=size * width,
+            out_cache_loc=views.out_cache_loc,
+            positions=views.positions,
+            return_logprob=False,
+            spec_algorithm=self.model_runner.spec_algorithm,
+            spec_info=self._spec_info(views),
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            extend_seq_lens=views.extend_seq_lens,
+            extend_seq_lens_cpu=[width] * size,
+            extend_start_loc=views.extend_seq_lens.cumsum(0).int() - width,
+            extend_num_tokens=size * width,
+            global_num_token_non_padded_cpu=size * width,
+            return_hidden_states_before_norm=True,
+        )
+        self.model_runner.kv_index_translator.bind_runner_slots(batch)
+        return batch
+
+    def _spec_info(self, views) -> EagleDraftExtendInput:
+        spec_info = EagleDraftExtendInput(
+            hidden_states=views.hidden_states,
+            positions=views.positions,
+            num_tokens_per_req=self.captured_req_width,
+            num_tokens_for_logprob_per_req=1,
+        )
+        spec_info.extend_seq_lens_tensor = views.extend_seq_lens
+        return spec_info
+
+    def serves(self, rows: MTPRows) -> bool:
+        """Whether a pass over these rows was captured."""
+        width = self.captured_req_width
+        return len(rows.ends) <= self.max_bs and all(count == width for count in rows.row_counts)
+
+    def begin(self, forward_batch: ForwardBatch, rows: MTPRows, hidden: Tensor) -> "CapturedPass":
+        """Load a pass and plan its attention."""
+        size = self._pad_to_bucket(len(rows.ends), self.capture_bs)
+        self.buffers.load(rows, hidden, forward_batch.req_pool_indices, size)
+        views = self.buffers.first(size)
+        batch = SimpleNamespace(
+            batch_size=size,
+            forward_mode=ForwardMode.DRAFT_EXTEND_V2,
+            input_ids=views.base,
+            req_pool_indices=views.req_pool_indices,
+            seq_lens=views.seq_lens,
+            seq_lens_cpu=views.seq_lens_cpu,
+            seq_lens_sum=int(views.seq_lens_cpu.sum()),
+            encoder_lens=None,
+            extend_seq_lens=views.extend_seq_lens,
+            out_cache_loc=views.out_cache_loc,
+            mamba_track_indices=None,
+            out_cache_loc_virtual=forward_batch.out_cache_loc_virtual,
+            kv_loc_plan=forward_batch.kv_loc_plan,
+            kv_loc_cols=forward_batch.kv_loc_cols,
+            spec_info=self._spec_info(views),
+        )
+        if not self.attn_backend.draft_extend_metadata_captured_in_graph():
+            self.attn_backend.init_forward_metadata_out_graph(batch)
+        return CapturedPass(self, batch, rows.draft_at)
+
+
+class CapturedPass:
+    """One pass by graphs; see `draft.EagerPass`."""
+
+    def __init__(self, graphs: MTPGraphRunner, batch: SimpleNamespace, draft_at: Tensor):
+        self.graphs = graphs
+        self.batch = batch
+        self.draft_at = draft_at
+
+    def logits(self, layer: int) -> Tensor:
+        """Run a layer; [B, V], valid until the next pass."""
+        with self.graphs.model_context():
+            out = self.graphs.backend.replay(_key(self.batch.batch_size, layer), self.batch)
+        return out[: len(self.draft_at)]
+
+    def put(self, layer: int, drafts: Tensor) -> None:
+        """Let the next layer read these drafts [B]."""
+        self.graphs.buffers.line[self.draft_at + layer] = drafts
+
+
+def _key(size: int, layer: int) -> ShapeKey:
+    return ShapeKey(size=size, variant_label=f"mtp{layer}")
