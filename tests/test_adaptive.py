@@ -155,7 +155,21 @@ def test_planner_without_adaptation_always_drafts_everything():
     assert planner.stop_rule(1) is None
 
 
-def test_planner_times_rounds_of_an_unchanged_batch_only():
+def test_a_depth_that_cannot_be_measured_is_not_kept():
+    """Where every batch is new, no round is timed: drafting must not stay at a depth under trial."""
+    controller = DepthController(AdaptiveSettings(max_depth=3))
+    assert {controller.next_depth() for _ in range(100)} == {3}  # nothing is known
+    for depth in (3, 2, 1):
+        for _ in range(3):
+            controller.observe_round(depth, COST[depth])
+    controller.acceptance = [0.9] * 3
+    assert [controller.next_depth() for _ in range(14)].count(0) <= 12
+    depths = [controller.next_depth() for _ in range(1000)]
+    assert depths.count(3) > 900
+    assert controller.cost[1:] == COST[1:]
+
+
+def test_planner_times_rounds_without_new_requests_only():
     now = [0.0]
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), clock=lambda: now[0])
 
@@ -163,8 +177,13 @@ def test_planner_times_rounds_of_an_unchanged_batch_only():
         planner.begin_round((rid,), [3], [[]])
         now[0] += seconds
 
-    for _ in range(5):
-        round_of("a", 0.02)
+    def pair(seconds):
+        planner.begin_round(("a", "b"), [3, 3], [[], []])
+        now[0] += seconds
+
+    pair(0.02)
+    for _ in range(4):
+        round_of("a", 0.02)  # b has finished
     round_of("b", 5.0)
     round_of("c", 5.0)
     assert planner._controller(1).cost == [None, None, None, pytest.approx(0.02)]

@@ -12,6 +12,7 @@ import torch
 from checkpoints import CheckpointShape, make_checkpoint
 from nano_model import generate_all, greedy, prompts
 from servers import MTP_ARGS, NANO_ARGS
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 import model_host
@@ -173,7 +174,7 @@ def test_captured_passes_equal_eager_ones(mtp, graphs, requests_table):
     graphs.attn_backend.pools.clear()  # capturing wrote to slot 0
     for seed in range(3):
         rows, hidden, batch = random_pass(mtp, requests_table, seed)
-        assert graphs.serves(rows)
+        assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows)
         with forward_context(ForwardContext(attn_backend=graphs.attn_backend), forward_batch=batch):
             found = drafted(graphs.begin(batch, rows, hidden))
         rows, hidden, batch = random_pass(mtp, requests_table, seed)
@@ -195,7 +196,9 @@ def test_attention_is_planned_once_for_all_layers(mtp, graphs, requests_table):
 
 @pytest.mark.parametrize("counts, served", [([6] * 4, True), ([6] * 5, False), ([6, 8], False)])
 def test_other_widths_and_sizes_are_left_to_the_eager_pass(graphs, counts, served):
-    assert graphs.serves(SimpleNamespace(ends=counts, row_counts=counts)) == served
+    rows = SimpleNamespace(ends=counts, row_counts=counts)
+    assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows) == served
+    assert not graphs.serves(ForwardMode.EXTEND, rows)
 
 
 @pytest.mark.gpu

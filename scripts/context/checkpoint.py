@@ -13,5 +13,8 @@ WIDE = CheckpointShape(
 
 
 def wide_checkpoint(directory: Path) -> Path:
-    """Random weights whose drafts come true in part, and the nano checkpoint's tokenizer."""
+    """Random weights, and the nano checkpoint's tokenizer.
+
+    Their greedy text soon repeats itself and every draft comes true: MTP at its best.
+    """
     return make_checkpoint(directory, WIDE, seed=5)

@@ -10,7 +10,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from math import prod
 
-
 _RARELY = 1e-6  # in place of an acceptance of 0
 
 
@@ -21,7 +20,8 @@ class AdaptiveSettings:
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
     After probe_every rounds another depth is measured anew, the one that has waited longest, and
-    then after twice as many rounds each time, up to probe_at_most, until the choice changes; gain
+    then after twice as many rounds each time, up to probe_at_most, until the choice changes. Where
+    that fails for `patience` rounds, because the batch keeps changing, the former cost stands. gain
     is the advantage needed to change depth, so that noise does not.
     """
 
@@ -31,6 +31,7 @@ class AdaptiveSettings:
     enough: int = 3
     probe_every: int = 16
     probe_at_most: int = 512
+    patience: int = 12
     gain: float = 0.02
 
 
@@ -138,6 +139,8 @@ class DepthController:
     acceptance: list[float] = field(init=False)
     cost: list[float | None] = field(init=False)
     _seconds: list[deque] = field(init=False)
+    _former: list[float | None] = field(init=False)
+    _unmeasured: int = field(init=False, default=0)
     _rounds: int = field(init=False, default=0)
     _wait: int = field(init=False)
     _turns: deque = field(init=False)
@@ -148,6 +151,7 @@ class DepthController:
         depths = range(self.settings.max_depth + 1)
         self._seconds = [deque(maxlen=self.settings.window) for _ in depths]
         self.cost = [None for _ in depths]
+        self._former = [None for _ in depths]
         self._wait = self.settings.probe_every
         self._turns = deque(depths)
 
@@ -168,7 +172,14 @@ class DepthController:
     def next_depth(self) -> int:
         """Depth of the next round: the best one known, now and then one to be measured anew."""
         if None in self.cost:
-            return max(d for d, seconds in enumerate(self.cost) if seconds is None)
+            depth = max(d for d, seconds in enumerate(self.cost) if seconds is None)
+            self._unmeasured += 1
+            fallback = self._former[depth] or [*self.cost, None][depth + 1]
+            if self._unmeasured <= self.settings.patience or fallback is None:
+                return depth
+            self.cost[depth], self._unmeasured = fallback, 0
+            return self.next_depth()
+        self._unmeasured = 0
         before = self.depth
         self.depth = best_depth(self.acceptance, self.cost, before, self.settings.gain)
         if self.depth != before:
@@ -194,5 +205,5 @@ class DepthController:
             self._turns.rotate(-1)
         depth = self._turns[-1]
         self._seconds[depth].clear()
-        self.cost[depth] = None
+        self._former[depth], self.cost[depth] = self.cost[depth], None
         return depth

@@ -86,7 +86,7 @@ class DepthPlanner:
         self._controllers: dict[int, DepthController] = {}
         self.calibration = Calibration()
         self._pending: deque[tuple[int, list[int], list[list[float]]]] = deque()
-        self._last: tuple[float, tuple, int] | None = None
+        self._last: tuple[float, frozenset, int] | None = None
 
     def begin_round(
         self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]]
@@ -95,17 +95,17 @@ class DepthPlanner:
 
         confidences[b]: the layers' probabilities of those drafts; empty where they are unknown.
 
-        The time from one round's start to the next, for an unchanged batch, is what a round costs,
-        scheduling included.
+        The time from one round's start to the next is what a round costs, scheduling included,
+        unless requests joined, whose prefill it would include.
         """
         if rids:  # idle batches are not reported back
             self._pending.append((len(rids), offered, confidences))
         if not self.settings.adaptive:
             return
         now, depth = self._clock(), max(offered, default=0)
-        if self._last is not None and self._last[1] == rids and self._last[2] == depth:
+        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == depth:
             self._controller(len(rids)).observe_round(depth, now - self._last[0])
-        self._last = (now, rids, depth)
+        self._last = (now, frozenset(rids), depth)
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
         """Accepted drafts of each request of the oldest round not yet reported.

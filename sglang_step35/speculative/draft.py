@@ -116,7 +116,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         """
         forward_batch = self._forward_batch(batch, rows, hidden)
         with self._draft_scope(), self._forward_scope(forward_batch):
-            if self.graphs is not None and self.graphs.serves(rows):
+            if self.graphs is not None and self.graphs.serves(forward_batch.forward_mode, rows):
                 layers = self.graphs.begin(forward_batch, rows, hidden)
             else:
                 layers = EagerPass(self.draft_runner, forward_batch, rows, hidden)

@@ -218,10 +218,11 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         spec_info.extend_seq_lens_tensor = views.extend_seq_lens
         return spec_info
 
-    def serves(self, rows: MTPRows) -> bool:
-        """Whether a pass over these rows was captured."""
+    def serves(self, mode: ForwardMode, rows: MTPRows) -> bool:
+        """Whether a pass over these rows was captured: those behind a verify step, not a prefill's."""
         width = self.captured_req_width
-        return len(rows.ends) <= self.max_bs and all(count == width for count in rows.row_counts)
+        fits = len(rows.ends) <= self.max_bs and all(count == width for count in rows.row_counts)
+        return mode.is_draft_extend_v2() and fits
 
     def begin(self, forward_batch: ForwardBatch, rows: MTPRows, hidden: Tensor) -> "CapturedPass":
         """Load a pass and plan its attention."""
