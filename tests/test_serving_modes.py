@@ -119,7 +119,7 @@ def draft_counts(server, name: str) -> list[float]:
 def test_adaptive_depth_changes_no_token_and_drafts_as_well(serve):
     """Its first rounds measure every depth, so that layers were skipped and have caught up."""
     server = serve(*ARGS, "--speculative-adaptive", "--enable-metrics")
-    wanted = prompts()[100:116]
+    wanted = prompts()[100:108]
     answers = [*generate_all(server, wanted, 64, at_once=1), *generate_all(server, wanted, 64)]
     assert [a["output_ids"] for a in answers] == 2 * [greedy(tuple(ids), 64) for ids in wanted]
     offered = draft_counts(server, "spec_offered_drafts")
@@ -128,7 +128,7 @@ def test_adaptive_depth_changes_no_token_and_drafts_as_well(serve):
     assert offered[2] > 0 and offered[0] < rounds
     histograms = [reference().speculative_greedy(ids, 64, 3)[1] for ids in wanted]
     offline = list(itertools.chain.from_iterable(histograms))
-    assert accepted[0] / offered[0] == pytest.approx(sum(a > 0 for a in offline) / len(offline), abs=0.05)
+    assert accepted[0] / offered[0] == pytest.approx(sum(a > 0 for a in offline) / len(offline), abs=0.1)
 
 
 def test_aborts_and_disconnects_under_a_kv_shortage(serve):
