@@ -14,6 +14,9 @@ SCHEMA = {
         "list": {"type": ["integer", "null"]},
         "nullable": {"type": "string", "nullable": True},
         "enum": {"enum": ["a", None]},
+        "colour": {"type": "string", "enum": ["green", "red"]},
+        "perhaps": {"type": ["string", "null"], "enum": ["green", None]},
+        "padded": {"enum": [" a "]},
         "const": {"const": 1},
         "any of": {"anyOf": [STRING, {"type": "array"}]},
         "all of": {"allOf": [{"$ref": "#/$defs/Item"}]},
@@ -37,7 +40,10 @@ def test_kinds():
         "any": (),
         "list": ("integer", "null"),
         "nullable": ("string", "null"),
-        "enum": ("string", "null"),
+        "enum": ("choice", "null"),
+        "colour": ("choice",),
+        "perhaps": ("choice", "null"),
+        "padded": ("string",),
         "const": ("integer",),
         "any of": ("string", "array"),
         "all of": ("object",),
@@ -109,3 +115,18 @@ def test_dump_can_always_be_encoded():
     assert dump({"ключ": "é"}) == '{"ключ": "é"}'
     assert dump({"a": "\ud83d"}).encode()
     assert json.loads(dump({"a": "\ud83d"})) == {"a": "\ud83d"}
+
+
+@pytest.mark.parametrize(
+    "text, kinds, value",
+    [
+        ("green   ", ("choice",), "green"),
+        ("\tgreen", ("choice", "null"), "green"),
+        (" null ", ("choice", "null"), None),
+        ("null", ("choice",), "null"),
+        ("green   ", ("string",), "green   "),
+        (" purple ", ("choice",), "purple"),  # for the tool to refuse
+    ],
+)
+def test_blanks_around_a_choice_mean_nothing(text, kinds, value):
+    assert read_value(text, kinds) == value

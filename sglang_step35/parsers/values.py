@@ -1,6 +1,6 @@
 """Parameter texts to JSON values, by the JSON schema of the tool. Pure: no SGLang import.
 
-A "kind" is a JSON schema type name. The chat template writes arguments the model sees in its
+A "kind" is a JSON schema type name, or CHOICE for a string out of an enum. The chat template writes arguments the model sees in its
 history with Jinja's `string` filter, so besides JSON it writes Python's None, True and False.
 """
 
@@ -10,6 +10,9 @@ import math
 import re
 
 Kinds = tuple[str, ...]
+
+# Blanks around it mean nothing: under a tool grammar models pad a finished choice with them.
+CHOICE = "choice"
 
 _MAX_DEPTH = 8  # of $ref and anyOf chains; schemas may refer to themselves
 _BRANCHES = ("anyOf", "oneOf", "allOf")
@@ -48,7 +51,7 @@ def read_value(text: str, kinds: Kinds) -> object:
     if is_text(kinds):
         return text
     stripped = text.strip()
-    textual = "string" in kinds
+    textual = "string" in kinds or CHOICE in kinds
     if ("null" in kinds or not textual) and stripped in ("null", "None"):
         return None
     readers = _READERS_BESIDE_STRING if textual else _READERS
@@ -58,7 +61,7 @@ def read_value(text: str, kinds: Kinds) -> object:
                 return readers[kind](stripped)
         except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
-    return text
+    return stripped if CHOICE in kinds else text
 
 
 def dump(value: object) -> str:
@@ -112,12 +115,13 @@ def _kinds(schema: object, root: object, depth: int) -> Kinds:
     declared = schema.get("type")
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     found = []
-    if isinstance(declared, str):
+    types = declared if isinstance(declared, list) else [declared or "string"]
+    if isinstance(values, list) and all(kind in ("string", "null") for kind in types):
+        found = [CHOICE if _is_choice(value) else _KIND_OF[type(value)] for value in values]
+    elif isinstance(declared, str):
         found = [declared]
     elif isinstance(declared, list):
         found = [kind for kind in declared if isinstance(kind, str)]
-    elif isinstance(values, list):
-        found = [_KIND_OF[type(value)] for value in values]
     else:
         for branch in _branches(schema):
             found += _kinds(branch, root, depth + 1)
@@ -126,6 +130,10 @@ def _kinds(schema: object, root: object, depth: int) -> Kinds:
     if schema.get("nullable") is True:
         found.append("null")
     return tuple(dict.fromkeys(found))
+
+
+def _is_choice(value: object) -> bool:
+    return isinstance(value, str) and value == value.strip()
 
 
 def _integer(text: str) -> int:
