@@ -36,7 +36,6 @@ def test_with_overlap_greedy_output_is_the_target_models(overlapped, at_once):
 
 
 def test_with_overlap_the_drafts_equal_an_offline_loop(overlapped):
-    """Until the last round, after which a finished request runs once more."""
     for _ in range(2):
         for ids in prompts()[30:33]:
             _, accepted = reference().speculative_greedy(ids, 40, 3)

@@ -1,6 +1,7 @@
 """A running server with MTP: the target's own output, and drafts as good as a full recompute's."""
 
 import itertools
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -68,6 +69,16 @@ def test_logprobs_inside_accepted_runs(server):
         assert logprob_error(ids, answer) < 1e-4
 
 
+def test_top_logprobs_inside_accepted_runs(server):
+    ids = prompts()[60]
+    answer = generate(server, ids, 24, return_logprob=True, top_logprobs_num=3)
+    table = reference().logprobs(torch.tensor(ids + answer["output_ids"]))
+    for i, entries in enumerate(answer["meta_info"]["output_top_logprobs"]):
+        best = table[len(ids) - 1 + i].topk(3)
+        assert [entry[1] for entry in entries] == best.indices.tolist()
+        assert [entry[0] for entry in entries] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
 def penalised_greedy(ids, count, frequency, presence, repetition):
     """Plain decoding from the reference's logits, one token at a time."""
     output = []
@@ -98,6 +109,34 @@ def test_lengths_and_stops_inside_a_window(server):
     answer = generate(server, ids, 24, stop_token_ids=[stop], ignore_eos=False)
     assert answer["output_ids"] == full[:end]
     assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_stop_strings_inside_a_window(server):
+    text = generate(server, prompts()[0], 48)["text"]
+    for start in range(20, 32):
+        stop = text[start : start + 4]
+        answer = generate(server, prompts()[0], 48, stop=[stop])
+        assert answer["text"] == text[: text.index(stop)]
+
+
+def test_logit_bias_at_every_position_of_a_window(server):
+    ids = prompts()[2]
+    banned = greedy(tuple(ids), 12)[3]
+    output = []
+    for _ in range(24):
+        row = reference().logits(torch.tensor(ids + output))[-1].clone()
+        row[banned] -= 100
+        output.append(row.argmax().item())
+    assert generate(server, ids, 24, logit_bias={str(banned): -100.0})["output_ids"] == output
+
+
+def test_json_schema(server):
+    """The nano model likes to end in blanks, which the grammar allows for ever."""
+    kinds = {"kind": {"enum": ["alpha", "beta"]}, "done": {"type": "boolean"}}
+    schema = {"type": "object", "properties": kinds, "required": list(kinds), "additionalProperties": False}
+    text = re.compile(r'\{\s*"kind"\s*:\s*"(alpha|beta)"\s*,\s*"done"\s*:\s*((true|false)\s*\})?')
+    for answer in generate_all(server, prompts()[:8], 60, json_schema=json.dumps(schema), ignore_eos=False):
+        assert text.fullmatch(answer["text"])
 
 
 def test_structured_output(server):
