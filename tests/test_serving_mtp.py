@@ -135,7 +135,7 @@ def test_json_schema(server):
     kinds = {"kind": {"enum": ["alpha", "beta"]}, "done": {"type": "boolean"}}
     schema = {"type": "object", "properties": kinds, "required": list(kinds), "additionalProperties": False}
     text = re.compile(r'\{\s*"kind"\s*:\s*"(alpha|beta)"\s*,\s*"done"\s*:\s*((true|false)\s*\})?')
-    for answer in generate_all(server, prompts()[:8], 60, json_schema=json.dumps(schema), ignore_eos=False):
+    for answer in generate_all(server, prompts()[:4], 100, json_schema=json.dumps(schema), ignore_eos=False):
         assert text.fullmatch(answer["text"])
 
 
