@@ -7,10 +7,11 @@
 One server after the other, bfloat16, one request at a time, prefill in chunks of 2,048 (SGLang's
 default below 20 GB): ours with MTP and without, then SGLang's torch_native attention without
 speculation. That one computes the whole sequence again for every chunk and for a hit, so that
-prompts past --stock-chunked-up-to go in as a single chunk, its best case, and are not repeated. The checkpoint has random weights and the published attention
-(context/checkpoint.py); `--checkpoint nano` takes the packaged one. --full-context serves the whole
-context of 262,144 tokens with MTP and a sliding-window pool of 8,192, on the nano checkpoint unless
-told otherwise. Prints tables and ends in one JSON line.
+prompts past --stock-chunked-up-to go in as a single chunk, its best case, and are not repeated. The
+checkpoint has random weights and the published attention (context/checkpoint.py); `--checkpoint nano`
+takes the packaged one. --full-context serves the whole context of 262,144 tokens with MTP and a
+sliding-window pool of 8,192, on the nano checkpoint unless told otherwise. Prints tables and ends in
+one JSON line.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
-from nano_model import generate, prompts, random_ids
+from nano_model import generate, histogram, prompts, random_ids
 from safetensors.torch import load_file, save_file
 from servers import MTP_ARGS, NANO_ARGS, ServerPool
 
@@ -88,8 +88,7 @@ def measure(servers: dict, workload: str, requests, options, sampling: dict) -> 
 
 def summary(variant: str, workload: str, count: int, seconds: list[float], answers) -> Measurement:
     """count: tokens of a pass. seconds: one entry a pass. answers: of all passes."""
-    histograms = [a["meta_info"].get("spec_correct_drafts_histogram") or [] for a in answers]
-    totals = [sum(h[i] for h in histograms if len(h) > i) for i in range(4)]
+    totals = [sum(counts) for counts in zip(*map(histogram, answers), strict=True)]
     rounds = sum(totals)
     acceptance = [round(sum(totals[i:]) / rounds, 3) for i in (1, 2, 3)] if rounds else []
     pass_seconds = statistics.median(seconds)

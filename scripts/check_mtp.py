@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
-from nano_model import generate_all, prompts, random_ids, reference
+from nano_model import generate_all, histogram, prompts, random_ids, reference
 from servers import MTP_ARGS, NANO_ARGS, ServerPool
 
 ARGS = (*NANO_ARGS, "--dtype", "float32", "--chunked-prefill-size", "64")
@@ -80,16 +80,12 @@ def offline_rounds(ids: list[int], output: list[int], count: int) -> Counter:
     return rounds
 
 
-def histogram(answer: dict) -> Counter:
-    counts = answer["meta_info"].get("spec_correct_drafts_histogram") or []
-    return Counter({i: count for i, count in enumerate(counts) if count})
-
-
 def compare(requests, off, answers, concurrency: int, seconds: float) -> Comparison:
     served, offline, other = Counter(), Counter(), 0
     for ids, longer, answer in zip(requests, off, answers, strict=True):
         count = len(answer["output_ids"])
-        expected, found = offline_rounds(ids, longer["output_ids"], count), histogram(answer)
+        expected = offline_rounds(ids, longer["output_ids"], count)
+        found = Counter(dict(enumerate(histogram(answer))))
         other += found != expected
         served, offline = served + found, offline + expected
     pairs = [(o["output_ids"], a["output_ids"]) for o, a in zip(off, answers, strict=True)]

@@ -10,8 +10,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import requests
-from nano_model import generate, prompts
+from nano_model import generate, histogram, prompts
 from servers import MTP_ARGS, NANO_ARGS
 
 WINDOW, CHUNK, PAGES = 64, 64, (1, 16)  # 64: the nano checkpoint's sliding window
@@ -119,10 +118,9 @@ def ask(server, cases: list[Case]) -> list[Outcome]:
 
 def outcome(answer: dict) -> Outcome:
     meta = answer["meta_info"]
-    accepted = meta.get("spec_correct_drafts_histogram") or []
-    accepted = (*accepted, *[0] * (4 - len(accepted)))
     retractions = meta.get("num_retractions") or 0
-    return Outcome(tuple(answer["output_ids"]), accepted, meta["cached_tokens"], retractions)
+    ids, accepted = tuple(answer["output_ids"]), tuple(histogram(answer))
+    return Outcome(ids, accepted, meta["cached_tokens"], retractions)
 
 
 def record(server, count: int, seed: int) -> list[tuple[list[Case], list[Outcome]]]:
@@ -167,5 +165,4 @@ def _count(report: Report, name: str, case: Case, want: Outcome, found: Outcome)
 
 def evicted_tokens(server) -> float:
     """Tokens the prefix cache gave up so far, by SGLang's own counter."""
-    text = requests.get(f"{server.url}/metrics", timeout=30).text
-    return sum(float(value) for value in COUNTER.findall(text))
+    return sum(float(value) for value in COUNTER.findall(server.metrics()))

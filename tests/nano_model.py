@@ -66,3 +66,45 @@ def logprob_error(ids: list[int], answer: dict) -> float:
     expected = table[:-1].gather(1, torch.tensor(sequence[1:])[:, None]).squeeze(1)
     assert len(found) == len(expected)
     return (torch.tensor(found) - expected).abs().max().item()
+
+
+def histogram(answer: dict) -> list[int]:
+    """Rounds of a request that accepted 0, 1, 2, 3 drafts."""
+    counts = answer["meta_info"].get("spec_correct_drafts_histogram") or []
+    return counts + [0] * (4 - len(counts))
+
+
+def penalised_greedy(ids, count, frequency, presence, repetition):
+    """Plain decoding from the reference's logits, one token at a time."""
+    output = []
+    for _ in range(count):
+        row = reference().logits(torch.tensor(ids + output))[-1].clone()
+        for token in set(output):
+            row[token] -= frequency * output.count(token) + presence
+            row[token] = row[token] * repetition if row[token] < 0 else row[token] / repetition
+        output.append(row.argmax().item())
+    return output
+
+
+def exact_sequences(ids, temperature, top_k, length):
+    """Probability of every continuation under temperature and top-k, from the reference."""
+    table = {(): 1.0}
+    for _ in range(length):
+        grown = {}
+        for tail, chance in table.items():
+            row = reference().logits(torch.tensor([*ids, *tail]))[-1] / temperature
+            best = row.topk(top_k)
+            for token, share in zip(best.indices.tolist(), best.values.softmax(-1).tolist()):
+                grown[(*tail, token)] = chance * share
+        table = grown
+    return table
+
+
+def chi_square(found: list[tuple], expected: dict[tuple, float]) -> tuple[float, float]:
+    """The statistic of these samples over all cells of at least 8 expected ones, and 5 sigma above its mean."""
+    samples = len(found)
+    cells = [key for key, chance in expected.items() if chance * samples >= 8]
+    statistic = sum(
+        (found.count(key) - expected[key] * samples) ** 2 / (expected[key] * samples) for key in cells
+    )
+    return statistic, len(cells) + 5 * (2 * len(cells)) ** 0.5

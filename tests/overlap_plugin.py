@@ -8,14 +8,12 @@ from pathlib import Path
 
 import torch
 
-DISTRIBUTION = "step35-overlap-on-cpu"
-
 
 def install_into(directory: Path) -> None:
     """Make `directory`, on PYTHONPATH, a place from which SGLang loads this plug-in."""
     info = directory / "step35_overlap_on_cpu-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: 1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: step35-overlap-on-cpu\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\noverlap = overlap_plugin:register\n")
     (directory / "overlap_plugin.py").write_text(Path(__file__).read_text())
 
@@ -23,11 +21,10 @@ def install_into(directory: Path) -> None:
 def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    names = "sglang.srt.arg_groups.speculative_hook._disable_overlap_schedule_for_cpu"
-    HookRegistry.register(names, lambda server_args: None, HookType.REPLACE)
-    HookRegistry.register(
-        "sglang.srt.managers.overlap_utils.gather_spec_extras", gather_spec_extras, HookType.REPLACE
-    )
+    switch = "sglang.srt.arg_groups.speculative_hook._disable_overlap_schedule_for_cpu"
+    gather = "sglang.srt.managers.overlap_utils.gather_spec_extras"
+    HookRegistry.register(switch, lambda server_args: None, HookType.REPLACE)
+    HookRegistry.register(gather, gather_spec_extras, HookType.REPLACE)
 
 
 def gather_spec_extras(

@@ -58,6 +58,10 @@ class Server:
         response.raise_for_status()
         return response.json()
 
+    def metrics(self) -> str:
+        """What Prometheus would scrape; the server needs --enable-metrics."""
+        return requests.get(f"{self.url}/metrics", timeout=30).text
+
     def tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join(line[:LINE_WIDTH] for line in lines)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from sse import DONE, FINISH, delta, event
 from servers import MTP_ARGS, NANO_ARGS
+from sse import DONE, FINISH, delta, event
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 

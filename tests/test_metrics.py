@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from servers import MTP_ARGS, NANO_ARGS
@@ -45,7 +44,7 @@ def exposed(serve) -> dict[str, set[str]]:
         server.post("/v1/completions", body | options).raise_for_status()
     server.post("/v1/completions", {"no": "prompt"})  # an error to count
     found = defaultdict(set)
-    for family in text_string_to_metric_families(requests.get(f"{server.url}/metrics", timeout=30).text):
+    for family in text_string_to_metric_families(server.metrics()):
         for sample in family.samples:
             found[sample.name] |= set(sample.labels)
     return dict(found)

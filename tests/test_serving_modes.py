@@ -8,12 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import overlap_plugin
 import pytest
-import requests
 from cache_fuzz import SMALL_ARGS
 from checkpoints import CheckpointShape, make_checkpoint
-from nano_model import generate, generate_all, greedy, prompts, reference
+from nano_model import (
+    chi_square,
+    exact_sequences,
+    generate,
+    generate_all,
+    greedy,
+    histogram,
+    penalised_greedy,
+    prompts,
+    reference,
+)
 from reference import load_reference
-from test_serving_mtp import ARGS, exact_sequences, histogram, penalised_greedy
+from test_serving_mtp import ARGS
 
 pytestmark = pytest.mark.server
 
@@ -81,11 +90,8 @@ def test_outputs_over_all_seeds_follow_the_target_distribution(server):
         )
         found = [tuple(a["output_ids"]) for a in answers]
     assert set(found) <= set(expected)
-    cells = [key for key, chance in expected.items() if chance * samples >= 8]
-    statistic = sum(
-        (found.count(key) - expected[key] * samples) ** 2 / (expected[key] * samples) for key in cells
-    )
-    assert statistic < len(cells) + 5 * (2 * len(cells)) ** 0.5
+    statistic, bound = chi_square(found, expected)
+    assert statistic < bound
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -110,8 +116,7 @@ def test_checkpoints_with_fewer_mtp_layers(serve, tmp_path_factory, layers):
 
 def draft_counts(server, name: str) -> list[float]:
     """One of our counters by draft position."""
-    text = requests.get(f"{server.url}/metrics", timeout=30).text
-    lines = re.findall(rf'^sglang:{name}_total{{.*position="(\d)".*}} (\S+)$', text, re.M)
+    lines = re.findall(rf'^sglang:{name}_total{{.*position="(\d)".*}} (\S+)$', server.metrics(), re.M)
     return [float(value) for _, value in sorted(lines)]
 
 
@@ -168,8 +173,7 @@ def used_tokens(server) -> float:
     """KV tokens in use once the idle server has reported them."""
     deadline = time.monotonic() + 20
     while True:
-        text = requests.get(f"{server.url}/metrics", timeout=30).text
-        used = float(re.search(r"^sglang:num_used_tokens{.*} (\S+)$", text, re.M)[1])
+        used = float(re.search(r"^sglang:num_used_tokens{.*} (\S+)$", server.metrics(), re.M)[1])
         if used == 0 or time.monotonic() > deadline:
             return used
         time.sleep(0.2)

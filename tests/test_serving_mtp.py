@@ -8,7 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from checkpoints import CheckpointShape, make_checkpoint
-from nano_model import generate, generate_all, greedy, logprob_error, prompts, random_ids, reference
+from nano_model import (
+    chi_square,
+    exact_sequences,
+    generate,
+    generate_all,
+    greedy,
+    histogram,
+    logprob_error,
+    penalised_greedy,
+    prompts,
+    random_ids,
+    reference,
+)
 from reference import load_reference
 from servers import MTP_ARGS, NANO_ARGS
 
@@ -29,12 +41,6 @@ def mixed_requests():
     noise = random_ids(3, 70, seed=3) + random_ids(2, 3, seed=4)
     repeats = [[500, 501, 502] * 30, [77] * 40]
     return code + noise + repeats + [[300], [900, 901]]
-
-
-def histogram(answer):
-    """Rounds that accepted 0, 1, 2, 3 drafts."""
-    counts = answer["meta_info"].get("spec_correct_drafts_histogram") or []
-    return counts + [0] * (4 - len(counts))
 
 
 @pytest.mark.parametrize("at_once", [1, 16])
@@ -77,18 +83,6 @@ def test_top_logprobs_inside_accepted_runs(server):
         best = table[len(ids) - 1 + i].topk(3)
         assert [entry[1] for entry in entries] == best.indices.tolist()
         assert [entry[0] for entry in entries] == pytest.approx(best.values.tolist(), abs=1e-4)
-
-
-def penalised_greedy(ids, count, frequency, presence, repetition):
-    """Plain decoding from the reference's logits, one token at a time."""
-    output = []
-    for _ in range(count):
-        row = reference().logits(torch.tensor(ids + output))[-1].clone()
-        for token in set(output):
-            row[token] -= frequency * output.count(token) + presence
-            row[token] = row[token] * repetition if row[token] < 0 else row[token] / repetition
-        output.append(row.argmax().item())
-    return output
 
 
 @pytest.mark.parametrize("penalty", [(0.7, 0.3, 1.0), (0.0, 0.0, 1.3)])
@@ -145,20 +139,6 @@ def test_structured_output(server):
         assert re.fullmatch(pattern, answer["text"])
 
 
-def exact_sequences(ids, temperature, top_k, length):
-    """Probability of every continuation under temperature and top-k, from the reference."""
-    table = {(): 1.0}
-    for _ in range(length):
-        grown = {}
-        for tail, chance in table.items():
-            row = reference().logits(torch.tensor([*ids, *tail]))[-1] / temperature
-            best = row.topk(top_k)
-            for token, share in zip(best.indices.tolist(), best.values.softmax(-1).tolist()):
-                grown[(*tail, token)] = chance * share
-        table = grown
-    return table
-
-
 def test_sampled_output_follows_the_target_distribution(server):
     ids, samples = prompts()[1], 1200
     rule = {"temperature": 1.5, "top_k": 3}
@@ -166,11 +146,8 @@ def test_sampled_output_follows_the_target_distribution(server):
     answers = generate_all(server, [ids] * (samples // 8), 4, n=8, **rule)
     found = [tuple(a["output_ids"]) for a in itertools.chain.from_iterable(answers)]
     assert len(found) == samples and set(found) <= set(expected)
-    cells = [key for key, chance in expected.items() if chance * samples >= 8]
-    statistic = sum(
-        (found.count(key) - expected[key] * samples) ** 2 / (expected[key] * samples) for key in cells
-    )
-    assert statistic < len(cells) + 5 * (2 * len(cells)) ** 0.5
+    statistic, bound = chi_square(found, expected)
+    assert statistic < bound
 
 
 def test_greedy_and_sampled_requests_share_a_batch(server):

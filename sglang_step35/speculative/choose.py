@@ -62,9 +62,10 @@ class DraftChooser:
 
         Steps without a draft are filled with NO_DRAFT, because the relay has a fixed width.
         """
-        missing = self.num_steps - len(self.drafts)
-        none = torch.full_like(bonus, NO_DRAFT, dtype=torch.int64)
-        drafts = torch.stack([*self.drafts, *[none] * missing], dim=1)
+        drafts = list(self.drafts)
+        while len(drafts) < self.num_steps:
+            drafts.append(torch.full_like(bonus, NO_DRAFT, dtype=torch.int64))
+        drafts = torch.stack(drafts, dim=1)
         return EagleDraftInput(
             topk_p=torch.zeros(drafts.shape, device=drafts.device),  # relayed, never read
             topk_index=drafts,

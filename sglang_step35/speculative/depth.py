@@ -85,7 +85,7 @@ class DepthPlanner:
         self._clock = clock
         self._controllers: dict[int, DepthController] = {}
         self.calibration = Calibration()
-        self._pending: deque[tuple[int, list[int], list[list[float]]]] = deque()
+        self._pending: deque[tuple[list[int], list[list[float]]]] = deque()
         self._last: tuple[float, frozenset, int] | None = None
 
     def begin_round(
@@ -99,7 +99,7 @@ class DepthPlanner:
         unless requests joined, whose prefill it would include.
         """
         if rids:  # idle batches are not reported back
-            self._pending.append((len(rids), offered, confidences))
+            self._pending.append((offered, confidences))
         if not self.settings.adaptive:
             return
         now, depth = self._clock(), max(offered, default=0)
@@ -112,13 +112,13 @@ class DepthPlanner:
 
         Returns that round's drafts by position: those verification reached, those it accepted.
         """
-        size, offered, confidences = self._pending.popleft()
+        offered, confidences = self._pending.popleft()
         pairs = list(zip(offered, accepted, strict=True))
         positions = range(self.settings.num_steps)
         tries = [sum(o > i and a >= i for o, a in pairs) for i in positions]
         hits = [sum(o > i and a > i for o, a in pairs) for i in positions]
         if self.settings.adaptive:
-            self._controller(size).observe_acceptance(tries, hits)
+            self._controller(len(offered)).observe_acceptance(tries, hits)
             for (count, kept), chances in zip(pairs, confidences, strict=True):
                 for i in range(min(count, kept + 1, len(chances))):
                     self.calibration.observe(chances[i], kept > i)
