@@ -1,19 +1,15 @@
 #!/usr/bin/env bash
 # Serve with a preset: scripts/serve.sh PRESET [sglang serve arguments]
-# The preset is configs/PRESET.yaml; arguments given here win over it.
+# Presets are the package's, see `python -m sglang_step35 preset`; arguments given here win over them.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-config=$root/configs/${1:-}.yaml
+bin=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin
+[ -x "$bin/sglang" ] || bin= # installed outside of scripts/setup.sh
 
-if [ $# -eq 0 ] || [ ! -f "$config" ]; then
+if [ $# -eq 0 ]; then
   echo "usage: scripts/serve.sh PRESET [sglang serve arguments]; presets:" >&2
-  for file in "$root"/configs/*.yaml; do
-    echo "  $(basename "$file" .yaml)" >&2
-  done
+  "${bin:+$bin/}python" -m sglang_step35 preset >&2
   exit 2
 fi
+config=$("${bin:+$bin/}python" -m sglang_step35 preset "$1")
 shift
-
-sglang=$root/.venv/bin/sglang
-[ -x "$sglang" ] || sglang=sglang # installed outside of scripts/setup.sh
-exec "$sglang" serve --config "$config" "$@"
+exec "${bin:+$bin/}sglang" serve --config "$config" "$@"

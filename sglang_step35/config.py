@@ -18,6 +18,8 @@ from sglang_step35.config_fields import (
     FrozenFields,
 )
 
+ALL_KEYS = -1  # `earlier_keys` of a layer without a window
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -42,8 +44,8 @@ class AttentionSpec:
 
     @property
     def earlier_keys(self) -> int:
-        """Keys before the query's own, -1 for all: what RadixAttention and FlashInfer's `window_left` take."""
-        return -1 if self.window is None else self.window - 1
+        """Keys before the query's own, or ALL_KEYS: what RadixAttention and FlashInfer's `window_left` take."""
+        return ALL_KEYS if self.window is None else self.window - 1
 
     @property
     def rotary_dim(self) -> int:
@@ -102,6 +104,12 @@ class ModelSpec:
         """The sliding window all sliding layers share, or None when there is none."""
         windows = (layer.attention.window for layer in (*self.layers, *self.mtp_layers))
         return next((window for window in windows if window is not None), None)
+
+    @property
+    def earlier_keys(self) -> int:
+        """`AttentionSpec.earlier_keys` of the sliding layers, ALL_KEYS when there are none."""
+        found = (layer.attention.earlier_keys for layer in (*self.layers, *self.mtp_layers))
+        return next((earlier for earlier in found if earlier != ALL_KEYS), ALL_KEYS)
 
     @property
     def sliding_layer_ids(self) -> tuple[int, ...]:
@@ -180,7 +188,7 @@ def _attention_specs(config: Fields, count: int) -> list[AttentionSpec]:
         shapes[SLIDING] = (*_head_shape(_other_setting(config)), config.integer("sliding_window"))
     gate = config.flag("use_head_wise_attn_gate")
     ropes = _rope_specs(config, types)
-    specs = [AttentionSpec(*shapes[layer_type], rope, gate) for layer_type, rope in zip(types, ropes)]
+    specs = [AttentionSpec(*shapes[layer_type], rope, gate) for layer_type, rope in zip(types, ropes, strict=True)]
     for i, spec in enumerate(specs):
         if spec.rotary_dim < 2 or spec.rotary_dim % 2:
             raise config.fail(
@@ -228,7 +236,7 @@ def _rope_specs(config: Fields, types: tuple[str, ...]) -> list[RopeSpec]:
         raise config.fail("yarn_only_types", f"expected a list with {FULL!r} or {SLIDING!r} in it")
     return [
         RopeSpec(theta, factor, scaling if layer_type in scaled_types else None, max_position)
-        for layer_type, theta, factor in zip(types, thetas, factors)
+        for layer_type, theta, factor in zip(types, thetas, factors, strict=True)
     ]
 
 

@@ -49,15 +49,44 @@ class FrozenFields(Mapping):
 
 # Fields `parse_config` reads.
 READ_FIELDS = frozenset(
-    """
-    hidden_size intermediate_size num_hidden_layers vocab_size num_attention_heads num_attention_groups head_dim
-    rms_norm_eps max_position_embeddings bos_token_id eos_token_id pad_token_id tie_word_embeddings
-    layer_types sliding_window attention_other_setting use_head_wise_attn_gate
-    rope_theta rope_scaling yarn_only_types partial_rotary_factors use_rope_layers
-    use_moe moe_layers_enum moe_num_experts moe_top_k moe_intermediate_size share_expert_dim norm_expert_weight
-    moe_router_activation moe_router_scaling_factor use_moe_router_bias need_fp32_gate
-    swiglu_limits swiglu_limits_shared num_nextn_predict_layers
-    """.split()
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "num_attention_heads",
+        "num_attention_groups",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "layer_types",
+        "sliding_window",
+        "attention_other_setting",
+        "use_head_wise_attn_gate",
+        "rope_theta",
+        "rope_scaling",
+        "yarn_only_types",
+        "partial_rotary_factors",
+        "use_rope_layers",
+        "use_moe",
+        "moe_layers_enum",
+        "moe_num_experts",
+        "moe_top_k",
+        "moe_intermediate_size",
+        "share_expert_dim",
+        "norm_expert_weight",
+        "moe_router_activation",
+        "moe_router_scaling_factor",
+        "use_moe_router_bias",
+        "need_fp32_gate",
+        "swiglu_limits",
+        "swiglu_limits_shared",
+        "num_nextn_predict_layers",
+    ]
 )
 
 # Fields that only have one supported value: (value, why another one is refused). Absent means the value given here.
@@ -73,26 +102,80 @@ FIXED_FIELDS: dict[str, tuple[Any, str]] = {
 
 # Fields of the published file, and of StepFun's config class, that say nothing this plug-in needs to know.
 IGNORED_FIELDS = frozenset(
-    """
-    auto_map max_seq_len moe_every_n_layer moe_layer_offset moe_dynamic_exp_p initializer_range use_cache
-    attention_dropout
-    """.split()
+    [
+        "auto_map",
+        "max_seq_len",
+        "moe_every_n_layer",
+        "moe_layer_offset",
+        "moe_dynamic_exp_p",
+        "initializer_range",
+        "use_cache",
+        "attention_dropout",
+    ]
 )
 
 # Fields any transformers config.json may carry.
 GENERIC_FIELDS = frozenset(
-    """
-    architectures model_type dtype torch_dtype transformers_version quantization_config compression_config
-    name_or_path return_dict output_hidden_states output_attentions torchscript use_bfloat16 pruned_heads
-    chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
-    tie_encoder_decoder finetuning_task id2label label2id num_labels problem_type tokenizer_class prefix
-    sep_token_id decoder_start_token_id task_specific_params attn_implementation experts_implementation
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tf_legacy_loss
-    """.split()
+    [
+        "architectures",
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "quantization_config",
+        "compression_config",
+        "name_or_path",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "torchscript",
+        "use_bfloat16",
+        "pruned_heads",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_decoder",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "tokenizer_class",
+        "prefix",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "task_specific_params",
+        "attn_implementation",
+        "experts_implementation",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "tf_legacy_loss",
+    ]
 )
 
 # What is in none of the tables is refused: a misspelt field would otherwise be silently ignored.

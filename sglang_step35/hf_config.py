@@ -11,8 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sglang_step35.config import FULL, SLIDING, ModelSpec, parse_config
 from sglang_step35.config_fields import FIXED_FIELDS, IGNORED_FIELDS, READ_FIELDS
-
-MODEL_TYPE = "step3p5"
+from sglang_step35.names import MODEL_TYPE
 
 
 class Step35HFConfig(PretrainedConfig):

@@ -1,4 +1,4 @@
-"""Everything we change in SGLang through its hook registry, each with its reason.
+"""Everything we change in SGLang through its hook registry: what, why, and until when.
 
 Hooks are the last resort, used where SGLang 0.5.23 has no registry or platform method.
 `install` applies them at once and checks that they took effect, because SGLang logs and
@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_step35.plugin import ARCHITECTURES, ATTENTION_BACKEND
+from sglang_step35 import hook_functions, names
 
 _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
@@ -24,18 +24,24 @@ _TREE_CORES = "sglang.srt.mem_cache.unified_cache.tree_core_registry"
 
 @dataclass(frozen=True)
 class Hook:
-    """One hook: dotted upstream target, "before" | "after" | "around" | "replace", our callable."""
+    """One hook.
+
+    target: dotted upstream name. kind: "before" | "after" | "around" | "replace".
+    why: what goes wrong without it. until: what upstream needs before it can go.
+    """
 
     target: str
     kind: str
     function: Callable
+    why: str
+    until: str
 
 
 def install() -> None:
     """Register and apply all hooks; raises RuntimeError when one did not take effect."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    hooks = _hooks()
+    hooks = all_hooks()
     for hook in hooks:
         HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
     HookRegistry.apply_hooks()
@@ -47,176 +53,189 @@ def install() -> None:
     _register_attention_backends()
 
 
+def all_hooks() -> list[Hook]:
+    """The hooks of this process, by the platform it runs on."""
+    from sglang.srt.platforms import current_platform
+
+    by_platform = _portable_hooks() if current_platform.is_out_of_tree() else _cuda_hooks()
+    return [*_model_hooks(), *_cache_hooks(), *_http_hooks(), *by_platform]
+
+
 def _register_tree_core() -> None:
     from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
         get_tree_core_factory,
         register_tree_core_backend,
     )
 
-    from sglang_step35.cache.lookahead import TREE_CORE, LookaheadTreeCore
+    from sglang_step35.speculative.prefix_key import LookaheadTreeCore
 
-    if get_tree_core_factory(TREE_CORE) is None:
-        register_tree_core_backend(TREE_CORE, LookaheadTreeCore)
+    if get_tree_core_factory(names.TREE_CORE) is None:
+        register_tree_core_backend(names.TREE_CORE, LookaheadTreeCore)
 
 
 def _register_attention_backends() -> None:
-    from sglang.srt.arg_groups.choices import (
-        ATTENTION_BACKEND_CHOICES,
-        add_attention_backend_choices,
-    )
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    from sglang_step35.attention.backend import create_backend
+    from sglang_step35.attention.portable.backend import create_backend
 
-    if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
-        add_attention_backend_choices([ATTENTION_BACKEND])
-        register_attention_backend(ATTENTION_BACKEND)(create_backend)
-    register_attention_backend("flashinfer")(create_flashinfer_backend)
+    if names.ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([names.ATTENTION_BACKEND])
+        register_attention_backend(names.ATTENTION_BACKEND)(create_backend)
+    register_attention_backend("flashinfer")(hook_functions.create_flashinfer_backend)
 
 
-def _hooks() -> list[Hook]:
-    from sglang.srt.platforms import current_platform
+def _model_hooks() -> list[Hook]:
+    """Which model, layers and drafting serve."""
+    return [
+        Hook(
+            "sglang.srt.model_loader.utils.get_model_architecture",
+            "after",
+            hook_functions.require_our_model,
+            why="a model package that fails to import is logged and SGLang's own model serves in its place",
+            until="SGLang's registry raises when an external package fails to import",
+        ),
+        Hook(
+            "sglang.srt.configs.model_config.get_hybrid_layer_ids",
+            "after",
+            hook_functions.mtp_layer_ids,
+            why="a draft model has one layer there, ours holds every MTP layer in one runner",
+            until="a model class can name its own sliding and full layers",
+        ),
+        Hook(
+            f"{_ADAPTIVE}.adaptive_unsupported_reason",
+            "around",
+            hook_functions.adaptive_unsupported_reason,
+            why="--speculative-adaptive is refused with multi-layer EAGLE and with a platform's own worker",
+            until="SGLang asks the worker class whether it adapts",
+        ),
+        Hook(
+            f"{_DRAFT_BACKENDS}._create_flashinfer_prefill_backend",
+            "around",
+            hook_functions.create_flashinfer_draft_backend,
+            why="the factory of draft backends does not ask the registry of attention backends",
+            until="it does",
+        ),
+    ]
 
-    from sglang_step35.cache.lookahead import (
-        LookaheadKey,
-        cap_insert,
-        select_tree_core,
-    )
+
+def _cache_hooks() -> list[Hook]:
+    """The prefix cache under multi-token prediction."""
+    from sglang_step35.speculative.prefix_key import LookaheadKey, cap_insert, select_tree_core
+
+    return [
+        Hook(
+            "sglang.srt.mem_cache.radix_cache.RadixKey",
+            "replace",
+            LookaheadKey,
+            why="the MTP layers' KV depends on more tokens ahead than SGLang's bigram keys cover",
+            until="the key's look-ahead is a number of tokens that the worker names",
+        ),
+        Hook(
+            f"{_TREE_CORES}.select_tree_core_backend",
+            "after",
+            select_tree_core,
+            why="the tree core is chosen by SGLang alone, and only ours keeps the look-ahead",
+            until="a platform or worker can name the tree core",
+        ),
+        Hook(
+            f"{_RADIX_CACHE}.checkpoint_into_tree",
+            "before",
+            cap_insert,
+            why="rounds that skip MTP layers leave last rows without their KV, which must not be shared",
+            until="the worker can say up to where a request's KV is final",
+        ),
+    ]
+
+
+def _http_hooks() -> list[Hook]:
+    """What a request may ask, and how each API answers."""
     from sglang_step35.http.admission import generate
-    from sglang_step35.http.anthropic import (
-        CountTokensRequest,
-        MessagesRequest,
-        Step35AnthropicServing,
-    )
+    from sglang_step35.http.anthropic import CountTokensRequest, MessagesRequest, Step35AnthropicServing
     from sglang_step35.http.middleware import install as install_error_format
     from sglang_step35.http.ollama import Step35OllamaServing
     from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
 
-    hooks = [
-        Hook("sglang.srt.model_loader.utils.get_model_architecture", "after", require_our_model),
-        Hook("sglang.srt.configs.model_config.get_hybrid_layer_ids", "after", mtp_layer_ids),
-        # The MTP layers' KV depends on more tokens ahead than SGLang's bigram keys cover.
-        Hook("sglang.srt.mem_cache.radix_cache.RadixKey", "replace", LookaheadKey),
-        Hook(f"{_TREE_CORES}.select_tree_core_backend", "after", select_tree_core),
-        Hook(f"{_RADIX_CACHE}.checkpoint_into_tree", "before", cap_insert),
-        Hook(f"{_ADAPTIVE}.adaptive_unsupported_reason", "around", adaptive_unsupported_reason),
-        # What a request may ask is checked nowhere whole before the scheduler dies of it.
-        Hook(f"{_TOKENIZER_MANAGER}.generate_request", "around", generate),
-        # The last step before the HTTP server starts; SGLang has no registry for middleware.
-        Hook("sglang.srt.utils.common.set_uvicorn_logging_configs", "after", install_error_format),
-        # Thinking that cannot be switched off, and stop sequences.
-        Hook(f"{_ANTHROPIC}.serving.AnthropicServing", "replace", Step35AnthropicServing),
-        # A thinking display that only newer clients know.
-        Hook(f"{_ANTHROPIC}.protocol.AnthropicMessagesRequest", "replace", MessagesRequest),
-        Hook(f"{_ANTHROPIC}.protocol.AnthropicCountTokensRequest", "replace", CountTokensRequest),
-        # Stock's Ollama API loses text, tools and reasoning.
-        Hook(f"{_OLLAMA}.serving.OllamaServing", "replace", Step35OllamaServing),
-        Hook(f"{_OLLAMA}.protocol.OllamaChatRequest", "replace", OllamaChatRequest),
-        Hook(f"{_OLLAMA}.protocol.OllamaGenerateRequest", "replace", OllamaGenerateRequest),
-        # The factory of draft backends does not ask the registry.
+    newer_clients = "stock refuses a thinking display that only newer clients know, and Claude Code asks for one"
+    loses = "stock's Ollama API loses text, tools and reasoning"
+    return [
         Hook(
-            f"{_DRAFT_BACKENDS}._create_flashinfer_prefill_backend",
+            f"{_TOKENIZER_MANAGER}.generate_request",
             "around",
-            create_flashinfer_draft_backend,
+            generate,
+            why="what a request may ask is checked nowhere whole before the scheduler dies of it",
+            until="SGLang checks every field before the scheduler",
+        ),
+        Hook(
+            "sglang.srt.utils.common.set_uvicorn_logging_configs",
+            "after",
+            install_error_format,
+            why="it is the last step before the HTTP server starts; SGLang has no registry for middleware",
+            until="SGLang lets a plug-in add middleware",
+        ),
+        Hook(
+            f"{_ANTHROPIC}.serving.AnthropicServing",
+            "replace",
+            Step35AnthropicServing,
+            why="stock refuses `thinking: disabled` and reports stop sequences as end_turn",
+            until="stock hides the thinking of models that always reason, and names stop sequences",
+        ),
+        Hook(
+            f"{_ANTHROPIC}.protocol.AnthropicMessagesRequest",
+            "replace",
+            MessagesRequest,
+            why=newer_clients,
+            until="stock passes over unknown displays",
+        ),
+        Hook(
+            f"{_ANTHROPIC}.protocol.AnthropicCountTokensRequest",
+            "replace",
+            CountTokensRequest,
+            why=newer_clients,
+            until="stock passes over unknown displays",
+        ),
+        *(
+            Hook(f"{_OLLAMA}.{name}", "replace", ours, why=loses, until="stock's Ollama API serves tools and thinking")
+            for name, ours in (
+                ("serving.OllamaServing", Step35OllamaServing),
+                ("protocol.OllamaChatRequest", OllamaChatRequest),
+                ("protocol.OllamaGenerateRequest", OllamaGenerateRequest),
+            )
         ),
     ]
-    if current_platform.is_out_of_tree():
-        from sglang.srt.mem_cache.allocation import get_last_loc_torch
-
-        from sglang_step35.platform.seeds import hash32, keep_seeds
-        from sglang_step35.platform.slots import assign_req_to_token
-
-        # Triton kernels without a platform method.
-        hooks += [
-            Hook(f"{_ALLOCATION}.assign_req_to_token_pool_func", "replace", assign_req_to_token),
-            Hook(f"{_ALLOCATION}.get_last_loc", "replace", get_last_loc_torch),
-            # SGLang honours seeds only with batch-invariant kernels, which need CUDA.
-            Hook(f"{_SAMPLING}.adjusted_from_schedule_batch", "after", keep_seeds),
-            Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32),
-        ]
-    else:
-        # Out-of-tree platforms name their worker themselves.
-        target = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
-        hooks.append(Hook(target, "around", create_step35_worker))
-    return hooks
 
 
-def require_our_model(resolved, model_config):
-    """Refuse to serve a Step-3.5 architecture with a class that is not ours."""
-    model_class, architecture = resolved
-    if architecture in ARCHITECTURES and not model_class.__module__.startswith("sglang_step35."):
-        raise RuntimeError(
-            f"{architecture} resolved to {model_class.__module__}.{model_class.__name__} instead "
-            f"of sglang-step35's model: see the import error logged above"
-        )
+def _portable_hooks() -> list[Hook]:
+    """Kernels without a platform method, on CPUs."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    from sglang_step35.platform.seeds import hash32, keep_seeds
+    from sglang_step35.platform.slots import assign_req_to_token
+
+    triton = "stock launches a Triton kernel and asks no platform"
+    method = "platforms have a method for it"
+    return [
+        Hook(f"{_ALLOCATION}.assign_req_to_token_pool_func", "replace", assign_req_to_token, why=triton, until=method),
+        Hook(f"{_ALLOCATION}.get_last_loc", "replace", get_last_loc_torch, why=triton, until=method),
+        Hook(
+            f"{_SAMPLING}.adjusted_from_schedule_batch",
+            "after",
+            keep_seeds,
+            why="SGLang honours seeds only with batch-invariant kernels, which need CUDA",
+            until="seeds are kept wherever a sampler can use them",
+        ),
+        Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32, why=triton, until=method),
+    ]
 
 
-def mtp_layer_ids(layer_ids, model_architectures, hf_text_config):
-    """Sliding and full layer ids of the draft model: all its MTP layers, not one.
-
-    SGLang knows the draft as one layer per runner; ours holds every MTP layer in one
-    runner, with KV pool layers 0 .. num_nextn_predict_layers - 1.
-    """
-    if "Step3p5MTP" not in model_architectures:
-        return None
-    first = hf_text_config.num_hidden_layers
-    types = hf_text_config.layer_types[first : first + hf_text_config.num_nextn_predict_layers]
-    sliding = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
-    return sliding, [i for i in range(len(types)) if i not in sliding]
-
-
-def adaptive_unsupported_reason(stock_reason, server_args) -> str | None:
-    """Allow `--speculative-adaptive` with our worker, which chooses the depth itself.
-
-    SGLang refuses it with multi-layer EAGLE and with a platform's own worker.
-    """
-    from sglang.srt.arg_groups.overrides import attn_dp_enabled_of, resolved_view
-
-    if not serves_mtp(server_args) or attn_dp_enabled_of(resolved_view(server_args)):
-        return stock_reason(server_args)
-    return None
-
-
-def create_step35_worker(create_worker, algorithm, server_args):
-    """Our worker for Step-3.5 under EAGLE; SGLang's choice for everything else."""
-    if algorithm.is_eagle() and serves_mtp(server_args):
-        from sglang_step35.speculative.worker import Step35SpecWorker
-
-        return Step35SpecWorker
-    return create_worker(algorithm, server_args)
-
-
-def create_flashinfer_backend(runner):
-    """What `--attention-backend flashinfer` builds: ours for Step-3.5, SGLang's for every other model."""
-    if not _runs_our_model(runner):
-        from sglang.srt.layers.attention import attention_registry
-
-        return attention_registry.create_flashinfer_backend(runner)
-    from sglang_step35.attention.flashinfer import Step35FlashInferBackend
-
-    return Step35FlashInferBackend(runner, init_new_workspace=runner.init_new_workspace)
-
-
-def create_flashinfer_draft_backend(create, factory):
-    """(name, backend) of the draft-extend passes, as SGLang's factory returns it."""
-    if not _runs_our_model(factory.draft_model_runner):
-        return create(factory)
-    from sglang_step35.attention.flashinfer import Step35FlashInferBackend
-
-    return "flashinfer", Step35FlashInferBackend(factory.draft_model_runner)
-
-
-def _runs_our_model(runner) -> bool:
-    architectures = runner.model_config.hf_config.architectures or []
-    return bool(architectures) and architectures[0] in ARCHITECTURES
-
-
-def serves_mtp(server_args) -> bool:
-    """Whether these server arguments make our MTP worker serve."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.arg_groups.overrides import resolving_view
-
-    if resolving_view(server_args).speculative_algorithm not in ("EAGLE", "NEXTN"):
-        return False
-    architectures = model_config_of(server_args).hf_config.architectures or []
-    return architectures[:1] == ["Step3p5ForCausalLM"]
+def _cuda_hooks() -> list[Hook]:
+    """What an out-of-tree platform would name itself."""
+    return [
+        Hook(
+            "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+            "around",
+            hook_functions.create_step35_worker,
+            why="only out-of-tree platforms may name the worker of a reserved algorithm",
+            until="a model class can name its speculative worker",
+        ),
+    ]

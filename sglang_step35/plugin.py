@@ -7,10 +7,7 @@ its own Step3p5ForCausalLM. A failure here therefore raises SystemExit, which is
 import os
 import sys
 
-MODEL_PACKAGE = "sglang_step35.model"
-ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p5MTP")
-ATTENTION_BACKEND = "step35_portable"
-PLATFORM_CLASS = "sglang_step35.platform.portable.PortablePlatform"
+from sglang_step35.names import MODEL_PACKAGE, PLATFORM, PLATFORM_CLASS
 
 _registered = False
 
@@ -40,10 +37,9 @@ def activate_platform() -> str | None:
     SGLANG_PLATFORM=step35 asks for it by name on any host.
     """
     import torch
-
     from sglang.srt.environ import envs
 
-    if envs.SGLANG_PLATFORM.get() == "step35":
+    if envs.SGLANG_PLATFORM.get() == PLATFORM:
         return PLATFORM_CLASS
     # SGLANG_USE_CPU_ENGINE asks for SGLang's own CPU engine (AMX kernels): not our business.
     if torch.accelerator.is_available() or os.getenv("SGLANG_USE_CPU_ENGINE") == "1":

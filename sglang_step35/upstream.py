@@ -35,9 +35,7 @@ def check(entry: Upstream) -> None:
         return
     found = tuple(_parameter_names(target))
     if found != entry.parameters:
-        raise UpstreamError(
-            f"{entry.path} takes {found}, sglang-step35 was written against {entry.parameters}"
-        )
+        raise UpstreamError(f"{entry.path} takes {found}, sglang-step35 was written against {entry.parameters}")
 
 
 def check_hooked() -> None:

@@ -78,9 +78,7 @@ TABLE: tuple[Upstream, ...] = (
         _params("self token_ids extra_key is_bigram limit cache_salt"),
         hooked=True,
     ),
-    Upstream(
-        f"{_SRT}.mem_cache.radix_cache.RadixKey.match_at", _params("self other offset page_size")
-    ),
+    Upstream(f"{_SRT}.mem_cache.radix_cache.RadixKey.match_at", _params("self other offset page_size")),
     Upstream(
         f"{_SRT}.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
         _params("self req up_to **kwargs"),
@@ -112,9 +110,7 @@ TABLE: tuple[Upstream, ...] = (
         _params("self batch vocab_size"),
         hooked=True,
     ),
-    Upstream(
-        f"{_SRT}.layers.sampler.murmur_hash32", _params("seed positions col_indices"), hooked=True
-    ),
+    Upstream(f"{_SRT}.layers.sampler.murmur_hash32", _params("seed positions col_indices"), hooked=True),
     # Speculative worker.
     Upstream(
         f"{_SRT}.speculative.spec_info.SpeculativeAlgorithm.create_worker",
@@ -136,9 +132,7 @@ TABLE: tuple[Upstream, ...] = (
         f"{_SRT}.speculative.spec_utils.build_grammar_vocab_mask",
         _params("reqs tree sampling_info device barrier"),
     ),
-    Upstream(
-        f"{_SRT}.speculative.spec_utils.GrammarTree.from_linear_chain", _params("verify_ids_2d")
-    ),
+    Upstream(f"{_SRT}.speculative.spec_utils.GrammarTree.from_linear_chain", _params("verify_ids_2d")),
     Upstream(
         f"{_SRT}.layers.logprob_processor.compute_spec_logprobs",
         _params("batch logits_output predict accept_index chain_stride"),
@@ -157,9 +151,7 @@ TABLE: tuple[Upstream, ...] = (
             "extend_position_info spec_mrope_positions kv_loc_plan write_cols"
         ),
     ),
-    Upstream(
-        f"{_SRT}.model_executor.forward_context.forward_context", _params("ctx forward_batch")
-    ),
+    Upstream(f"{_SRT}.model_executor.forward_context.forward_context", _params("ctx forward_batch")),
     Upstream(f"{_SRT}.managers.utils.GenerationBatchResult"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleDraftInput"),
     Upstream(f"{_SRT}.speculative.eagle_info.EagleVerifyInput"),
@@ -188,9 +180,7 @@ TABLE: tuple[Upstream, ...] = (
         _params("self obj request"),
         hooked=True,
     ),
-    Upstream(
-        f"{_SRT}.utils.common.set_uvicorn_logging_configs", _params("server_args"), hooked=True
-    ),
+    Upstream(f"{_SRT}.utils.common.set_uvicorn_logging_configs", _params("server_args"), hooked=True),
     Upstream(f"{_SRT}.entrypoints.anthropic.serving.AnthropicServing", hooked=True),
     Upstream(
         f"{_SRT}.entrypoints.anthropic.serving.AnthropicServing._handle_non_streaming",
@@ -210,9 +200,7 @@ TABLE: tuple[Upstream, ...] = (
     Upstream(f"{_SRT}.entrypoints.ollama.protocol.OllamaChatRequest", hooked=True),
     Upstream(f"{_SRT}.entrypoints.ollama.protocol.OllamaGenerateRequest", hooked=True),
     # FlashInfer on CUDA.
-    Upstream(
-        f"{_SRT}.layers.attention.attention_registry.create_flashinfer_backend", _params("runner")
-    ),
+    Upstream(f"{_SRT}.layers.attention.attention_registry.create_flashinfer_backend", _params("runner")),
     Upstream(
         f"{_SRT}.speculative.draft_utils.DraftBackendFactory._create_flashinfer_prefill_backend",
         _params("self"),
@@ -220,13 +208,9 @@ TABLE: tuple[Upstream, ...] = (
     ),
     Upstream(
         f"{_FLASHINFER}.FlashInferAttnBackend.__init__",
-        _params(
-            "self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace"
-        ),
+        _params("self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace"),
     ),
-    Upstream(
-        f"{_FLASHINFER}.FlashInferAttnBackend.init_forward_metadata", _params("self forward_batch")
-    ),
+    Upstream(f"{_FLASHINFER}.FlashInferAttnBackend.init_forward_metadata", _params("self forward_batch")),
     Upstream(
         f"{_FLASHINFER}.FlashInferAttnBackend.init_cuda_graph_state",
         _params("self max_bs max_num_tokens kv_indices_buf"),
@@ -245,9 +229,7 @@ TABLE: tuple[Upstream, ...] = (
     ),
     Upstream(
         f"{_FLASHINFER}.PrefillMetadata",
-        _params(
-            "prefill_wrappers use_ragged extend_no_prefix multi_item_params swa_out_cache_loc"
-        ),
+        _params("prefill_wrappers use_ragged extend_no_prefix multi_item_params swa_out_cache_loc"),
     ),
     Upstream(
         f"{_FLASHINFER}.FlashInferIndicesUpdaterPrefill.__init__",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from servers import Server, ServerPool
+from sglang_step35.bench.servers import Server, ServerPool
 
 _pool = pytest.StashKey[ServerPool]()
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from published_config import ABSENT, edited, published, with_entry
 
 from sglang_step35.config import parse_config
 from sglang_step35.config_fields import FIXED_FIELDS, ConfigError
+from tests.support.published_config import ABSENT, edited, published, with_entry
 
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the field named, what else the message must hold
     "short layer_types": ({"layer_types": published()["layer_types"][:45]}, "layer_types", "has 45 entries.*48"),

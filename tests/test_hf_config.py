@@ -6,12 +6,12 @@ import pickle
 from pathlib import Path
 
 import pytest
-from published_config import ABSENT, PUBLISHED, edited, published
 from transformers import AutoConfig
 
 from sglang_step35.config import parse_config
 from sglang_step35.config_fields import ConfigError
 from sglang_step35.hf_config import Step35HFConfig, register_hf_config, register_with_sglang
+from tests.support.published_config import ABSENT, PUBLISHED, edited, published
 
 
 @pytest.fixture

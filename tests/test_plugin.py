@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from sglang_step35 import hooks, plugin, upstream
+from sglang_step35 import hook_functions, hooks, plugin, upstream
 
 
 @pytest.mark.parametrize("entry", upstream.TABLE, ids=lambda entry: entry.path)
@@ -46,8 +46,8 @@ def test_changed_signature_stops_the_process(fresh, monkeypatch):
 
 
 def test_a_hook_that_did_not_take_effect_stops_the_process(fresh, monkeypatch):
-    hook = hooks.Hook("sglang.srt.model_loader.utils.no_such", "after", lambda result: None)
-    monkeypatch.setattr(hooks, "_hooks", lambda: [hook])
+    hook = hooks.Hook("sglang.srt.model_loader.utils.no_such", "after", lambda result: None, why="", until="")
+    monkeypatch.setattr(hooks, "all_hooks", lambda: [hook])
     with pytest.raises(SystemExit, match="no_such"):
         plugin.register()
 
@@ -66,10 +66,10 @@ def test_foreign_external_model_package_stops_the_process(fresh, monkeypatch):
 def test_stock_model_class_is_refused():
     stock = type("Step3p5ForCausalLM", (), {"__module__": "sglang.srt.models.step3p5"})
     with pytest.raises(RuntimeError, match="sglang.srt.models.step3p5"):
-        hooks.require_our_model((stock, "Step3p5ForCausalLM"), None)
+        hook_functions.require_our_model((stock, "Step3p5ForCausalLM"), None)
     ours = type("Step3p5ForCausalLM", (), {"__module__": "sglang_step35.model.causal_lm"})
-    assert hooks.require_our_model((ours, "Step3p5ForCausalLM"), None) is None
-    assert hooks.require_our_model((stock, "LlamaForCausalLM"), None) is None
+    assert hook_functions.require_our_model((ours, "Step3p5ForCausalLM"), None) is None
+    assert hook_functions.require_our_model((stock, "LlamaForCausalLM"), None) is None
 
 
 def test_registration_is_idempotent():
@@ -83,8 +83,8 @@ def test_mtp_layers_become_the_draft_models_layers():
         num_nextn_predict_layers=2,
         layer_types=["full_attention"] + ["sliding_attention"] * 5,
     )
-    assert hooks.mtp_layer_ids(([0], []), ["Step3p5MTP"], config) == ([0, 1], [])
-    assert hooks.mtp_layer_ids(([0], []), ["LlamaForCausalLM"], config) is None
+    assert hook_functions.mtp_layer_ids(([0], []), ["Step3p5MTP"], config) == ([0, 1], [])
+    assert hook_functions.mtp_layer_ids(([0], []), ["LlamaForCausalLM"], config) is None
 
 
 def test_platform_stays_away_from_accelerators(monkeypatch):

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
-import preset_host
 import pytest
 import yaml
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from sglang_step35.assets import CONFIGS
+from tests.support import preset_host
+
 # prometheus.yml and the like are not for `sglang serve`.
 PRESETS = sorted(CONFIGS.glob("*.yaml"))
 SPECULATIVE = {

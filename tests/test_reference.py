@@ -12,10 +12,10 @@ import random
 import pytest
 import torch
 
-import plain
-from checkpoints import DEEP, CheckpointShape, config_fields, make_checkpoint
-from reference import Reference, load_reference, plain_hidden
 from sglang_step35.config import parse_config
+from tests.support import plain_mtp as plain
+from tests.support.checkpoints import DEEP, CheckpointShape, config_fields, make_checkpoint
+from tests.support.reference import Reference, load_reference, plain_hidden
 
 SMALL = CheckpointShape()
 SHAPES = {
@@ -125,7 +125,6 @@ def test_window_counts_the_own_key():
 
 
 def test_clamp_is_after_the_activation():
-    gate, up = torch.tensor([[5.0], [-5.0], [0.1]]), torch.tensor([[2.0], [-2.0], [0.1]])
     one = torch.ones(1, 1)
     for x, w in ((5.0, 2.0), (-5.0, -2.0), (0.1, 0.1)):
         out = plain.swiglu(one, one * x, one * w, one, 0.7)

@@ -1,7 +1,7 @@
 """`python -m sglang_step35 claude-code`: settings that point Claude Code at a local server.
 
 Variables as documented at code.claude.com/docs/en/env-vars and /en/model-config, and as the CLI
-2.1.330 was seen to act on them (tests/test_claude_code.py drives it).
+2.1.330 was seen to act on them (tests/serving/test_claude_code.py drives it).
 """
 
 import argparse
@@ -19,9 +19,7 @@ MODEL_VARIABLES = (
 )
 
 
-def settings(
-    url: str, model: str, context_length: int = CONTEXT_LENGTH, api_key: str = "local"
-) -> dict:
+def settings(url: str, model: str, context_length: int = CONTEXT_LENGTH, api_key: str = "local") -> dict:
     """The `env` block of Claude Code's settings.json for a server at `url` serving `model`.
 
     SGLang answers Anthropic's Messages API under /v1/messages; it checks no key unless started
@@ -47,9 +45,7 @@ def settings(
 
 def main(argv: list[str]) -> int:
     """Print the block."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_step35 claude-code", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m sglang_step35 claude-code", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="base URL of the server")
     parser.add_argument("--model", default="step3p5-flash", help="--served-model-name")
     parser.add_argument(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_step35 import SGLANG_VERSION, __version__, plugin, upstream
+from sglang_step35.names import ATTENTION_BACKEND
 
 if TYPE_CHECKING:
-    from sglang_step35.cli.seed_command import Device
+    from sglang_step35.cli.readme_command import Device
 
 GROUPS = ("sglang.srt.plugins", "sglang.srt.platforms")
 
@@ -58,9 +59,7 @@ def check_versions() -> list[Finding]:
             found.append(Finding("versions", f"{name} is missing", f"pip install {pinned}"))
             continue
         wrong = name == "sglang" and version != SGLANG_VERSION
-        found.append(
-            Finding("versions", f"{name} {version}", f"pip install {pinned}" if wrong else None)
-        )
+        found.append(Finding("versions", f"{name} {version}", f"pip install {pinned}" if wrong else None))
     return [Finding("versions", f"sglang-step35 {__version__}"), *found]
 
 
@@ -123,14 +122,14 @@ def check_machine() -> list[Finding]:
     """Platform, devices, and what the README's serving command would do here."""
     import psutil
 
-    from sglang_step35.cli.seed_command import outcome
+    from sglang_step35.cli.readme_command import outcome
 
     memory = psutil.virtual_memory().total / 2**30
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
     found = [Finding("machine", machine)]
     if plugin.activate_platform() is not None:
         devices = ()
-        text = f"portable CPU platform ({plugin.ATTENTION_BACKEND} attention, no GPU needed)"
+        text = f"portable CPU platform ({ATTENTION_BACKEND} attention, no GPU needed)"
     else:
         devices = cuda_devices()
         text = "SGLang's own platform with our model and MTP worker"
@@ -145,7 +144,7 @@ def cuda_devices() -> "tuple[Device, ...]":
     """The CUDA devices torch sees."""
     import torch
 
-    from sglang_step35.cli.seed_command import Device
+    from sglang_step35.cli.readme_command import Device
 
     found = []
     for index in range(torch.cuda.device_count()):

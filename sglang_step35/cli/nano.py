@@ -1,9 +1,8 @@
 """Print the absolute path of the packaged nano checkpoint."""
 
 import argparse
-from pathlib import Path
 
-NANO = Path(__file__).resolve().parent.parent / "nano"
+from sglang_step35.assets import NANO
 
 
 def main(argv: list[str]) -> None:

@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sglang_step35.assets import PUBLISHED_CONFIG
 from sglang_step35.config import ModelSpec, parse_config
 from sglang_step35.config_fields import ConfigError
 from sglang_step35.planner import PlanError
@@ -14,8 +14,6 @@ from sglang_step35.planner.elsewhere import judge
 from sglang_step35.planner.hardware import LLAMA_CPP, MACHINES, Hardware, custom, machine
 from sglang_step35.planner.plan import Wish, make_plan
 from sglang_step35.planner.report import as_json, gib, judgement_json, judgement_text, text
-
-PUBLISHED = "step-3.5-flash.json"  # the published config.json, packaged next to the planner
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +32,7 @@ def main(argv: list[str]) -> int:
 def load(path: str | None) -> tuple[ModelSpec, str | None]:
     """(spec, directory of the checkpoint) of a config.json; the published one, without a directory, for None."""
     if path is None:
-        return parse_config(json.loads((resources.files("sglang_step35.planner") / PUBLISHED).read_text())), None
+        return parse_config(json.loads(PUBLISHED_CONFIG.read_text())), None
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         fields = json.loads(file.read_text())

@@ -8,7 +8,7 @@ from pydantic import BaseModel, model_validator
 from sglang.srt.entrypoints.anthropic import protocol
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 
-from sglang_step35.plugin import ARCHITECTURES
+from sglang_step35 import names
 
 KNOWN_DISPLAYS = ("summarized", "omitted")
 
@@ -61,8 +61,7 @@ class Step35AnthropicServing(AnthropicServing):
 
     @property
     def _always_reasons(self) -> bool:
-        config = self.openai_serving_chat.tokenizer_manager.model_config.hf_config
-        return (config.architectures or [None])[0] in ARCHITECTURES
+        return names.is_ours(self.openai_serving_chat.tokenizer_manager.model_config.hf_config)
 
     async def _handle_non_streaming(self, chat_request, anthropic_request, raw_request):
         one = copy.copy(self)  # the conversion of the answer does not see the request

@@ -5,50 +5,22 @@ from functools import partial
 
 import torch
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
-from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.utils import PPMissingLayer
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
 from sglang_step35.config import LayerSpec, ModelSpec, parse_config
-from sglang_step35.model import plain
+from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer, stages
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
+from sglang_step35.model.vocab import PACKED_MODULES, embedding, output_head
 from sglang_step35.model.weights import load_backbone, refresh
-
-# SGLang's fused linear layers and the checkpoint's names for their parts.
-PACKED_MODULES = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
-
-
-def embedding(spec: ModelSpec, quant_config=None, prefix: str = "") -> VocabParallelEmbedding:
-    """The input embedding [V, H]; whole on each rank under data-parallel attention."""
-    return VocabParallelEmbedding(
-        spec.vocab_size,
-        spec.hidden_size,
-        quant_config=quant_config,
-        enable_tp=not is_dp_attention_enabled(),
-        prefix=prefix,
-    )
-
-
-def output_head(spec: ModelSpec, quant_config=None, prefix: str = "") -> ParallelLMHead:
-    """The head [V, H], sharded over the vocabulary."""
-    return ParallelLMHead(
-        spec.vocab_size,
-        spec.hidden_size,
-        quant_config=quant_config,
-        use_attn_tp_group=get_parallel().enable_dp_lm_head,
-        prefix=prefix,
-    )
 
 
 class Step3p5Model(nn.Module):
@@ -75,7 +47,7 @@ class Step3p5Model(nn.Module):
             prefix=add_prefix("layers", prefix),
             stage_facts=partial(_stage_facts, spec),
         )
-        self.uses_plain_torch = plain.usable(quant_config)
+        self.runs_single_rank = single_rank.usable(quant_config)
         self.norm = PPMissingLayer(return_tuple=True)
         if self.pp_group.is_last_rank:
             self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -94,8 +66,8 @@ class Step3p5Model(nn.Module):
         self.rows.start(positions)
         if self.pp_group.is_first_rank:
             hidden = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
-            if self.uses_plain_torch:
-                hidden = plain.decoder_layers(self.layers, hidden, forward_batch)
+            if self.runs_single_rank:
+                hidden = single_rank.decoder_layers(self.layers, hidden, forward_batch)
                 return self.norm(hidden), hidden
             residual_batch.start(forward_batch)
         else:
@@ -147,7 +119,7 @@ class Step3p5ForCausalLM(nn.Module):
 
     def get_attention_sliding_window_size(self) -> int | None:
         """Keys before the query's own that a sliding layer sees: SGLang's meaning of a window."""
-        return None if self.spec.window is None else self.spec.window - 1
+        return None if self.spec.window is None else self.spec.earlier_keys
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -194,14 +166,10 @@ class Step3p5ForCausalLM(nn.Module):
         experts = {layer.moe.num_experts for layer in spec.layers if layer.moe}
         if not experts:
             return None
-        return ModelConfigForExpertLocation(
-            num_layers=spec.num_layers, num_logical_experts=experts.pop()
-        )
+        return ModelConfigForExpertLocation(num_layers=spec.num_layers, num_logical_experts=experts.pop())
 
 
-def final_states(
-    hidden, forward_batch: ForwardBatch, norm: nn.Module
-) -> tuple[Tensor, Tensor | None]:
+def final_states(hidden, forward_batch: ForwardBatch, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The last layer's output [T, H] after `norm`, and before it where the batch captures it."""
     before_norm = None
     hidden = residual_batch.complete_output(hidden, forward_batch)

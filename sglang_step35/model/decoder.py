@@ -32,9 +32,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         size, eps = spec.hidden_size, spec.rms_norm_eps
         attn_prefix = add_prefix("self_attn", prefix)
-        self.self_attn = GatedAttention(
-            layer.attention, size, eps, rows, kv_layer, quant_config, attn_prefix
-        )
+        self.self_attn = GatedAttention(layer.attention, size, eps, rows, kv_layer, quant_config, attn_prefix)
         if layer.moe is None:
             mlp_prefix = add_prefix("mlp", prefix)
             self.mlp = MLP(size, layer.dense_size, layer.limit_shared, quant_config, mlp_prefix)

@@ -39,9 +39,7 @@ class PlainExperts(UnquantizedFusedMoEMethod):
         return StandardCombineInput(hidden_states=out)
 
 
-def run_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None
-) -> Tensor:
+def run_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
     """sum_j weights[t, j] * expert ids[t, j] of x[t].
 
     x: [T, H]. w13: [E, 2 I, H], gate rows before up rows. w2: [E, H, I]. weights: [T, k] float32.
@@ -51,9 +49,7 @@ def run_experts(
     return run(x, w13, w2, weights, ids, limit)
 
 
-def dense_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None
-) -> Tensor:
+def dense_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
     """`run_experts` with two products: all experts on all tokens, most of them times 0."""
     experts, rows, _ = w13.shape
     gate, up = F.linear(x, w13.flatten(0, 1)).view(-1, experts, 2, rows // 2).unbind(2)
@@ -63,9 +59,7 @@ def dense_experts(
     return F.linear(hidden.flatten(1).to(x.dtype), w2.transpose(0, 1).flatten(1))
 
 
-def grouped_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None
-) -> Tensor:
+def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
     """`run_experts` with each chosen expert run once, on its own tokens."""
     experts, top_k = len(w13), ids.shape[1]
     owner = ids.flatten() % (experts + 1)

@@ -23,14 +23,14 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
+from sglang_step35.checkpoint.formats import open_files
 from sglang_step35.config import LayerSpec, ModelSpec, parse_config
-from sglang_step35.model import plain
-from sglang_step35.model.causal_lm import PACKED_MODULES
-from sglang_step35.model.checkpoint_files import CheckpointFiles
+from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.shared_tables import SharedTables
+from sglang_step35.model.vocab import PACKED_MODULES
 from sglang_step35.model.weights import load_mtp, refresh
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,7 @@ logger = logging.getLogger(__name__)
 class MTPLayer(nn.Module):
     """enorm, hnorm, eh_proj, one decoder layer and the norm before the head."""
 
-    def __init__(
-        self, spec: ModelSpec, layer: LayerSpec, depth: int, rows: RotaryRows, quant_config, prefix: str
-    ):
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, depth: int, rows: RotaryRows, quant_config, prefix: str):
         super().__init__()
         size, eps = spec.hidden_size, spec.rms_norm_eps
         self.enorm = RMSNorm(size, eps)
@@ -49,18 +47,14 @@ class MTPLayer(nn.Module):
         self.eh_proj = ReplicatedLinear(2 * size, size, bias=False)
         # A stack of its own: the layer starts and ends the residual stream.
         with layer_stack():
-            self.block = DecoderLayer(
-                spec, layer, rows, kv_layer=depth, quant_config=quant_config, prefix=prefix
-            )
+            self.block = DecoderLayer(spec, layer, rows, kv_layer=depth, quant_config=quant_config, prefix=prefix)
         self.shared_head_norm = RMSNorm(size, eps)
-        self.uses_plain_torch = plain.usable(quant_config)
+        self.runs_single_rank = single_rank.usable(quant_config)
 
-    def forward(
-        self, embeds: Tensor, positions: Tensor, hidden: Tensor, forward_batch: ForwardBatch
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, hidden: Tensor, forward_batch: ForwardBatch) -> Tensor:
         """embeds, hidden [T, H] -> [T, H] before `shared_head_norm`."""
-        if self.uses_plain_torch:
-            return plain.mtp_layer(self, embeds, hidden, forward_batch)
+        if self.runs_single_rank:
+            return single_rank.mtp_layer(self, embeds, hidden, forward_batch)
         x = embeds
         if len(x) > 0:
             # The embedding half first, as in the checkpoint's eh_proj.
@@ -83,9 +77,7 @@ class Step3p5MTP(nn.Module):
 
     packed_modules_mapping = PACKED_MODULES
 
-    def __init__(
-        self, config, quant_config=None, prefix: str = "", draft_model_idx: int | None = None
-    ):
+    def __init__(self, config, quant_config=None, prefix: str = "", draft_model_idx: int | None = None):
         super().__init__()
         if draft_model_idx is not None:
             raise ValueError(
@@ -118,7 +110,7 @@ class Step3p5MTP(nn.Module):
 
     def get_attention_sliding_window_size(self) -> int | None:
         """Keys before the query's own that a sliding layer sees: SGLang's meaning of a window."""
-        return None if self.spec.window is None else self.spec.window - 1
+        return None if self.spec.window is None else self.spec.earlier_keys
 
     @torch.no_grad()
     def forward_layer(
@@ -137,13 +129,11 @@ class Step3p5MTP(nn.Module):
         if depth == 0 or positions is not self.rows.positions:
             self.rows.start(positions)
         layer, table = self.layers[depth], self.tables.embedding(depth)
-        embeds = plain.embed(input_ids, table) if layer.uses_plain_torch else table(input_ids)
+        embeds = single_rank.embed(input_ids, table) if layer.runs_single_rank else table(input_ids)
         return layer(embeds, positions, hidden, forward_batch)
 
     @torch.no_grad()
-    def compute_logits(
-        self, depth: int, hidden: Tensor, forward_batch: ForwardBatch | None = None
-    ) -> Tensor:
+    def compute_logits(self, depth: int, hidden: Tensor, forward_batch: ForwardBatch | None = None) -> Tensor:
         """hidden [R, H] from `forward_layer` -> logits [R, V], gathered over tensor-parallel ranks.
 
         forward_batch: needed under data-parallel attention, where ranks have different R; its
@@ -151,8 +141,8 @@ class Step3p5MTP(nn.Module):
         """
         layer, head = self.layers[depth], self.tables.head(depth)
         normed = layer.shared_head_norm(hidden) if len(hidden) > 0 else hidden
-        if layer.uses_plain_torch:
-            return plain.logits(normed, head)
+        if layer.runs_single_rank:
+            return single_rank.logits(normed, head)
         metadata = _logits_metadata(forward_batch)
         return self.logits_processor(None, normed, head, metadata).next_token_logits
 
@@ -204,7 +194,7 @@ def _mtp_quant_config(config, spec: ModelSpec, quant_config):
         return quant_config
     if not getattr(quant_config, "is_checkpoint_fp8_serialized", True):
         return quant_config  # quantised while loading, whatever the checkpoint holds
-    files = CheckpointFiles(getattr(config, "_name_or_path", None))
+    files = open_files(getattr(config, "_name_or_path", None))
     dtype = files.dtype(f"model.layers.{spec.mtp_layers[0].index}.mlp.down_proj.weight")
     return None if dtype in ("BF16", "F16", "F32") else quant_config
 

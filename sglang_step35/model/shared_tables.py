@@ -13,7 +13,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from sglang_step35.config import ModelSpec
-from sglang_step35.model.causal_lm import embedding, output_head
+from sglang_step35.model.vocab import embedding, output_head
 
 BLOCK_ROWS = 4096  # rows compared at a time; the first differing block ends the comparison
 BACKBONE = "backbone"

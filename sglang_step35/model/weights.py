@@ -13,11 +13,9 @@ import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import Tensor, nn
 
-from sglang_step35.config import LayerSpec
-from sglang_step35.model.checkpoint_files import CheckpointFiles
-from sglang_step35.model.norm import RMSNorm
-from sglang_step35.model.rotary import QKNormRope
-from sglang_step35.model.weight_names import (
+from sglang_step35.checkpoint.base import CheckpointFiles
+from sglang_step35.checkpoint.formats import open_files
+from sglang_step35.checkpoint.names import (
     COPIES,
     DERIVED,
     LAYER,
@@ -30,6 +28,9 @@ from sglang_step35.model.weight_names import (
     parse_name,
     weight_shapes,
 )
+from sglang_step35.config import LayerSpec
+from sglang_step35.model.norm import RMSNorm
+from sglang_step35.model.rotary import QKNormRope
 
 SHOWN = 5  # tensors named in one message
 OUTSIDE = None  # the "layer" of tensors outside the layers
@@ -72,9 +73,7 @@ def load_backbone(model: nn.Module, weights: Iterable[tuple[str, Tensor]], compl
     _load(model, owners, weights, complete)
 
 
-def load_mtp(
-    model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: bool
-) -> dict[tuple[int, str], Tensor]:
+def load_mtp(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: bool) -> dict[tuple[int, str], Tensor]:
     """Fill a Step3p5MTP; the backbone and surplus MTP layers are passed over.
 
     Returns the layers' own copies of embedding and head, as they lie in the checkpoint (on the
@@ -99,7 +98,7 @@ def refresh(model: nn.Module) -> None:
 
 
 def _load(model: nn.Module, owners: Mapping, weights, complete: bool) -> dict:
-    loader = _Loader(model, owners, CheckpointFiles(getattr(model.config, "_name_or_path", None)))
+    loader = _Loader(model, owners, open_files(getattr(model.config, "_name_or_path", None)))
     with torch.no_grad():
         for name, tensor in _guarded(weights, loader.files):
             loader.take(name, tensor)
@@ -121,9 +120,7 @@ def _guarded(weights: Iterable[tuple[str, Tensor]], files: CheckpointFiles) -> I
             damaged = files.damaged()
             if not damaged:
                 raise
-            raise WeightError(
-                f"{'; '.join(damaged)}. Download or copy the checkpoint again."
-            ) from error
+            raise WeightError(f"{'; '.join(damaged)}. Download or copy the checkpoint again.") from error
         yield item
 
 
@@ -236,9 +233,7 @@ class _Loader:
             shape = (*shape[:-2], rows, columns)
         return shape
 
-    def _fill(
-        self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, parameter: nn.Parameter
-    ) -> None:
+    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, parameter: nn.Parameter) -> None:
         """Hand the tensor to SGLang's loader of the parameter, which takes this rank's part."""
         scale = "scale" in parts.leaf
         if _is_quantised(tensor) and not _is_quantised(parameter) and not scale:

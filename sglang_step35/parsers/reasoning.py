@@ -20,9 +20,7 @@ class ReasoningSplitter:
     Only the first end of reasoning counts; a later `<think>` or `</think>` is answer text.
     """
 
-    def __init__(
-        self, in_reasoning: bool = True, ends_at_call: bool = False, answer_start: bool = False
-    ):
+    def __init__(self, in_reasoning: bool = True, ends_at_call: bool = False, answer_start: bool = False):
         """ends_at_call: a tool call ends the reasoning, for when something parses the calls.
 
         answer_start: with in_reasoning False, the prompt ended right behind `</think>`.

@@ -1,7 +1,7 @@
 """Parameter texts to JSON values, by the JSON schema of the tool. Pure: no SGLang import.
 
-A "kind" is a JSON schema type name, or CHOICE for a string out of an enum. The chat template writes arguments the model sees in its
-history with Jinja's `string` filter, so besides JSON it writes Python's None, True and False.
+A "kind" is a JSON schema type name, or CHOICE for a string out of an enum. The chat template writes arguments
+the model sees in its history with Jinja's `string` filter, so besides JSON it writes Python's None, True and False.
 """
 
 import ast

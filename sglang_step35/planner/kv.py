@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sglang_step35.config import AttentionSpec, ModelSpec
 from sglang_step35.planner import PlanError
+from sglang_step35.speculative.settings import MTPSettings
 
 BF16 = 2  # bytes of an element
 DEFAULT_SWA_RATIO = 0.8  # SGLang's --swa-full-tokens-ratio: sliding slots for each full slot
@@ -27,7 +28,7 @@ class KVLayout:
     full_token: int
     sliding_token: int
     replication: int
-    window: int  # keys
+    earlier_keys: int  # of a sliding layer, the query's own not counted
 
     @property
     def full_cell(self) -> int:
@@ -46,15 +47,15 @@ class KVLayout:
 
     @property
     def retained(self) -> int:
-        """Earlier tokens whose sliding slots are kept: the window's, and as many more as the MTP layers look back.
+        """Earlier tokens whose sliding slots are kept: the worker's `draft_swa_window` under MTP, else the window's.
 
-        The sum is the worker's `draft_swa_window`; SGLang's floor for a pool counts the window's only.
+        SGLang's floor for a pool counts the window's only.
         """
-        return self.window - 1 + self.mtp_layers
+        return MTPSettings(self.mtp_layers).retained(self.earlier_keys) if self.mtp_layers else self.earlier_keys
 
     def request_bytes(self, tokens: int, chunk: int = 0) -> int:
         """KV of one request of `tokens` tokens at most: the sliding layers keep a window and the chunk in flight."""
-        return tokens * self.full_cell + min(tokens, self.window + chunk) * self.sliding_cell
+        return tokens * self.full_cell + min(tokens, self.earlier_keys + 1 + chunk) * self.sliding_cell
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def kv_layout(spec: ModelSpec, tp: int = 1, mtp: bool = True, element_bytes: int
         full_token=_token_bytes(full[0], tp, element_bytes),
         sliding_token=_token_bytes(sliding[0], tp, element_bytes),
         replication=max(1, tp // heads),
-        window=spec.window,
+        earlier_keys=spec.earlier_keys,
     )
 
 
@@ -124,10 +125,9 @@ def sized(
     """The pools for a given number of full slots (SGLang's --max-total-tokens, or what the budget allows)."""
     full = _floor_page(max_total_tokens, page_size)
     sliding = _floor_page(int(full * swa_ratio), page_size)
-    earlier = layout.window - 1  # SGLang counts the keys before the query's own
-    if sliding <= earlier + page_size:
+    if sliding <= layout.earlier_keys + page_size:
         raise PlanError(
-            f"a sliding pool of {sliding} tokens cannot hold {earlier} earlier ones and a page of "
+            f"a sliding pool of {sliding} tokens cannot hold {layout.earlier_keys} earlier ones and a page of "
             f"{page_size}: SGLang refuses to start; give more memory or raise --swa-full-tokens-ratio"
         )
     return PoolSizes(

@@ -4,7 +4,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sglang_step35.plugin import ATTENTION_BACKEND
+from sglang_step35.names import ATTENTION_BACKEND
 
 
 class PortablePlatform(CpuDeviceMixin, SRTPlatform):
@@ -51,6 +51,6 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         return Step35SpecWorker
 
     def get_speculative_cache_locs_fn(self):
-        from sglang_step35.speculative.rows import extend_cache_locs
+        from sglang_step35.speculative.pass_input import extend_cache_locs
 
         return extend_cache_locs

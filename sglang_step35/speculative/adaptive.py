@@ -120,10 +120,7 @@ class Calibration:
     def table(self) -> list[float]:
         """Chance of acceptance by bin of confidence."""
         prior = self.hope * self.weight
-        return [
-            (hits + prior) / (tries + self.weight)
-            for hits, tries in zip(self._hits, self._tries, strict=True)
-        ]
+        return [(hits + prior) / (tries + self.weight) for hits, tries in zip(self._hits, self._tries, strict=True)]
 
 
 @dataclass

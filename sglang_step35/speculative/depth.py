@@ -1,8 +1,4 @@
-"""Which MTP layers run in a round, and how far each request's layers lag behind.
-
-A layer that did not run in a round has no KV for the positions committed since. When it runs again
-the pass starts that much earlier; the rings hold the hidden states it needs.
-"""
+"""How many MTP layers run in a round: the controllers of `adaptive` fed with a clock and the worker's rounds."""
 
 import time
 from collections import deque
@@ -14,64 +10,6 @@ from sglang_step35.speculative.adaptive import (
     StopRule,
 )
 from sglang_step35.speculative.settings import MTPSettings
-
-
-class LayerLag:
-    """Host-side bound, per request-pool row and layer, of positions committed since it last ran."""
-
-    def __init__(self, pool_rows: int, num_layers: int, capacity: int):
-        self.capacity = capacity
-        self.num_layers = num_layers
-        self.behind = [[0] * num_layers for _ in range(pool_rows)]
-
-    def of(self, row: int) -> int:
-        """Positions by which the row's slowest layer lags."""
-        return max(self.behind[row])
-
-    def begin(self, rows: list[int]) -> None:
-        """A prefill ran every layer for these rows."""
-        for row in rows:
-            self.behind[row] = [0] * self.num_layers
-
-    def rows_needed(self, rows: list[int], width: int, depth: int) -> int:
-        """Rows of a pass of the first `depth` layers after a verify of `width` tokens.
-
-        Layer i recomputes its i last rows as well, see `state`.
-        """
-        reach = (lag + i for row in rows for i, lag in enumerate(self.behind[row][:depth]))
-        return width + max(reach, default=0)
-
-    def note(self, rows: list[int], width: int, depth: int) -> None:
-        """The first `depth` layers ran after a verify of `width` tokens."""
-        for row in rows:
-            self.behind[row] = [0] * depth + [lag + width for lag in self.behind[row][depth:]]
-
-    def must_catch_up(self, rows: list[int], width: int, widest: int) -> bool:
-        """Whether skipping a layer now could outrun the rings before the next round."""
-        slowest = max(map(self.of, rows), default=0)
-        return slowest + self.num_layers + width + widest >= self.capacity
-
-
-class DraftLog:
-    """Host-side, per request-pool row: how many tokens its last pass drafted, how confidently."""
-
-    def __init__(self, pool_rows: int):
-        self._counts = [0] * pool_rows
-        self._confidences: list[list[float]] = [[] for _ in range(pool_rows)]
-
-    def note(self, rows: list[int], count: int, confidences: list[list[float]]) -> None:
-        """A pass drafted `count` tokens for each row; confidences[layer][b], empty if unknown."""
-        for b, row in enumerate(rows):
-            self._counts[row] = count
-            self._confidences[row] = [chances[b] for chances in confidences]
-
-    def counts(self, rows: list[int]) -> list[int]:
-        """Drafts of each row."""
-        return [self._counts[row] for row in rows]
-
-    def confidences(self, rows: list[int]) -> list[list[float]]:
-        """Probabilities of each row's drafts, empty where unknown."""
-        return [self._confidences[row] for row in rows]
 
 
 class DepthPlanner:
@@ -88,9 +26,7 @@ class DepthPlanner:
         self._pending: deque[tuple[list[int], list[list[float]]]] = deque()
         self._last: tuple[float, frozenset, int] | None = None
 
-    def begin_round(
-        self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]]
-    ) -> None:
+    def begin_round(self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]]) -> None:
         """Note the start of a round that verifies offered[b] drafts of each request.
 
         confidences[b]: the layers' probabilities of those drafts; empty where they are unknown.

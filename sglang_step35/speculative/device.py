@@ -5,7 +5,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
 
-from sglang_step35.speculative.rows import MTPRows
+from sglang_step35.speculative.pass_input import MTPPassInput
 
 
 def attach_draft_attention(runner) -> None:
@@ -22,13 +22,11 @@ def attach_draft_attention(runner) -> None:
     runner.attn_backend = factory.create_draft_extend_backend() or runner.attn_backend
 
 
-def plan_draft_attention(runner, forward_batch, rows: MTPRows) -> None:
+def plan_draft_attention(runner, forward_batch, rows: MTPPassInput) -> None:
     """Plan attention once for all MTP layers of a pass."""
     backend = runner.attn_backend
     if hasattr(backend, "plan_rows"):
-        backend.plan_rows(
-            forward_batch.req_pool_indices, rows.row_counts, rows.ends, forward_batch.out_cache_loc
-        )
+        backend.plan_rows(forward_batch.req_pool_indices, rows.row_counts, rows.ends, forward_batch.out_cache_loc)
     else:
         backend.init_forward_metadata(forward_batch)
 

@@ -29,13 +29,13 @@ from sglang_step35.speculative.device import (
     capture_graphs,
     plan_draft_attention,
 )
-from sglang_step35.speculative.rows import MTPRows
+from sglang_step35.speculative.pass_input import MTPPassInput
 
 
 class EagerPass:
     """One pass of the MTP layers, kernel by kernel. Letters: B requests, R rows, V vocabulary."""
 
-    def __init__(self, runner, forward_batch: ForwardBatch, rows: MTPRows, hidden: Tensor):
+    def __init__(self, runner, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor):
         """hidden: [R, H], the backbone's hidden states before the final norm."""
         plan_draft_attention(runner, forward_batch, rows)
         self.model = runner.model
@@ -47,9 +47,7 @@ class EagerPass:
         """Run a layer; [B, V], its prediction after each request's last row."""
         rows = self.rows
         tokens = rows.line[rows.base + layer]
-        self.hidden = self.model.forward_layer(
-            layer, tokens, rows.positions, self.hidden, self.forward_batch
-        )
+        self.hidden = self.model.forward_layer(layer, tokens, rows.positions, self.hidden, self.forward_batch)
         return self.model.compute_logits(layer, self.hidden[rows.last])
 
     def put(self, layer: int, drafts: Tensor) -> None:
@@ -107,12 +105,12 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         """Unused, see `run`."""
 
     @torch.inference_mode()
-    def run(self, batch, rows: MTPRows, hidden: Tensor, depth: int, chooser) -> int:
+    def run(self, batch, rows: MTPPassInput, hidden: Tensor, depth: int, sampler) -> int:
         """Run the first `depth` MTP layers over `rows`: write their KV and choose their drafts.
 
-        hidden: [R, H], the backbone's hidden states before the final norm. chooser: called with
+        hidden: [R, H], the backbone's hidden states before the final norm. sampler: called with
         (layer, logits [B, V]), returns the layer's drafts [B] int64.
-        Returns the number of layers that ran: fewer when the chooser stops the pass.
+        Returns the number of layers that ran: fewer when the sampler stops the pass.
         """
         forward_batch = self._forward_batch(batch, rows, hidden)
         with self._draft_scope(), self._forward_scope(forward_batch):
@@ -121,12 +119,12 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             else:
                 layers = EagerPass(self.draft_runner, forward_batch, rows, hidden)
             for layer in range(depth):
-                layers.put(layer, chooser(layer, layers.logits(layer)))
-                if chooser.done:
+                layers.put(layer, sampler(layer, layers.logits(layer)))
+                if sampler.done:
                     return layer + 1
         return depth
 
-    def _forward_batch(self, batch, rows: MTPRows, hidden: Tensor) -> ForwardBatch:
+    def _forward_batch(self, batch, rows: MTPPassInput, hidden: Tensor) -> ForwardBatch:
         """SGLang's description of the pass; mutates `batch`, which the scheduler rolls back."""
         batch.spec_info = EagleDraftExtendInput(
             hidden_states=hidden,
@@ -166,6 +164,6 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         )
 
 
-def _prefix_lens(rows: MTPRows) -> list[int]:
+def _prefix_lens(rows: MTPPassInput) -> list[int]:
     """Positions before each request's first row; a window may reach before position 0."""
     return [max(0, end - n) for end, n in zip(rows.ends, rows.row_counts, strict=True)]

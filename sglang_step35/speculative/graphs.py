@@ -28,12 +28,13 @@ from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backen
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 from torch import Tensor
 
-from sglang_step35.speculative.rows import MTPRows
+from sglang_step35.speculative.pass_input import MTPPassInput
+from sglang_step35.speculative.settings import MTPSettings
 
 
 @dataclass
 class PassBuffers(ForwardInputBuffers):
-    """What captured passes of up to B requests read; see `MTPRows` for the indices.
+    """What captured passes of up to B requests read; see `MTPPassInput` for the indices.
 
     positions, out_cache_loc, base: [B W] int64. line: [B L] int64. last: [B] int64.
     hidden_states: [B W, H], the backbone's, then every layer's output.
@@ -52,9 +53,7 @@ class PassBuffers(ForwardInputBuffers):
     seq_lens_cpu: Tensor
 
     @classmethod
-    def allocate(
-        cls, size: int, width: int, num_layers: int, hidden_size: int, dtype, device
-    ) -> "PassBuffers":
+    def allocate(cls, size: int, width: int, num_layers: int, hidden_size: int, dtype, device) -> "PassBuffers":
         """For `size` requests of `width` rows each."""
         with torch.device(device):
             rows = torch.zeros(size * width, dtype=torch.int64)
@@ -72,7 +71,7 @@ class PassBuffers(ForwardInputBuffers):
                 seq_lens_cpu=torch.full((size,), width, dtype=torch.int64, device="cpu"),
             )
 
-    def load(self, rows: MTPRows, hidden: Tensor, req_pool_indices: Tensor, size: int) -> None:
+    def load(self, rows: MTPPassInput, hidden: Tensor, req_pool_indices: Tensor, size: int) -> None:
         """Fill in a pass, padded to `size` requests whose rows go to SGLang's dummy slot 0."""
         width = rows.row_counts[0]
         ends = torch.tensor(rows.ends, dtype=torch.int64)
@@ -99,21 +98,14 @@ class PassBuffers(ForwardInputBuffers):
         """The views that passes of `size` requests read."""
         total = len(self.last)
         buffers = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SimpleNamespace(
-            **{name: buffer[: size * (len(buffer) // total)] for name, buffer in buffers.items()}
-        )
-
-
-def pass_width(num_layers: int) -> int:
-    """Rows of a request: the verify window of S + 1 tokens, and the S - 1 before it whose KV is recomputed."""
-    return 2 * num_layers
+        return SimpleNamespace(**{name: buffer[: size * (len(buffer) // total)] for name, buffer in buffers.items()})
 
 
 class MTPGraphRunner(DecodeCudaGraphRunner):
     """Kept: SGLang's capture loop, its memory pool, graph backends and batch sizes; replaced: what is
     captured and replayed, so that nothing of the parent's set-up runs.
 
-    num_layers: MTP layers in use. Serves passes of `pass_width` rows per request, which all are unless
+    num_layers: MTP layers in use. Serves passes of `pass_rows` rows per request, which all are unless
     rounds skip layers.
     """
 
@@ -124,7 +116,7 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         self.device = runner.device
         self.device_module = torch.get_device_module(self.device)
         self.num_layers = num_layers
-        width = self.captured_req_width = pass_width(num_layers)
+        width = self.captured_req_width = MTPSettings(num_layers).pass_rows
         self._set_what_the_capture_loop_reads()
         self.capture_bs, _ = get_batch_sizes_to_capture(runner)
         self.max_bs = max(self.capture_bs)
@@ -218,13 +210,13 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         spec_info.extend_seq_lens_tensor = views.extend_seq_lens
         return spec_info
 
-    def serves(self, mode: ForwardMode, rows: MTPRows) -> bool:
+    def serves(self, mode: ForwardMode, rows: MTPPassInput) -> bool:
         """Whether a pass over these rows was captured: those behind a verify step, not a prefill's."""
         width = self.captured_req_width
         fits = len(rows.ends) <= self.max_bs and all(count == width for count in rows.row_counts)
         return mode.is_draft_extend_v2() and fits
 
-    def begin(self, forward_batch: ForwardBatch, rows: MTPRows, hidden: Tensor) -> "CapturedPass":
+    def begin(self, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor) -> "CapturedPass":
         """Load a pass and plan its attention."""
         size = self._pad_to_bucket(len(rows.ends), self.capture_bs)
         self.buffers.load(rows, hidden, forward_batch.req_pool_indices, size)

@@ -21,8 +21,7 @@ class DraftCounters:
         offered = Counter(OFFERED, "Drafts that verification reached.", labels)
         accepted = Counter(ACCEPTED, "Drafts that verification accepted.", labels)
         self._offered, self._accepted = (
-            [counter.labels(model_name, str(i + 1)) for i in range(num_steps)]
-            for counter in (offered, accepted)
+            [counter.labels(model_name, str(i + 1)) for i in range(num_steps)] for counter in (offered, accepted)
         )
 
     def add(self, offered: Sequence[int], accepted: Sequence[int]) -> None:

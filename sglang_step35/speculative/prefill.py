@@ -5,9 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sglang_step35.speculative.depth import LayerLag
-from sglang_step35.speculative.rows import MTPRows, extend_rows
-from sglang_step35.speculative.state import RequestRings
+from sglang_step35.speculative.pass_input import MTPPassInput, extend_rows
+from sglang_step35.speculative.state import RequestStore
 
 
 class PrefillPass:
@@ -19,34 +18,34 @@ class PrefillPass:
     Letters: B requests, R rows, S MTP layers, C ring capacity, H hidden size.
     """
 
-    def __init__(self, batch, rings: RequestRings, lag: LayerLag, req_to_token_pool):
-        self.rings = rings
-        self.num_layers = num_layers = lag.num_layers
+    def __init__(self, batch, store: RequestStore, req_to_token_pool):
+        """Reads the store; `remember` writes it, once the pass's inputs are taken."""
+        self.store = store
+        self.rings = rings = store.rings
+        self.num_layers = num_layers = store.lag.num_layers
         self.req_to_token = req_to_token_pool.req_to_token
         self.pool_indices = batch.req_pool_indices
-        self.pool_rows = [req.kv.req_pool_idx for req in batch.reqs]
+        self.pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
+        self.rids = [req.rid for req in batch.reqs]
         self.prefixes = list(batch.prefix_lens)
         self.ends = [p + n for p, n in zip(self.prefixes, batch.extend_lens, strict=True)]
         self.ids = [req.full_untruncated_fill_ids for req in batch.reqs]
         self.final = [end >= len(ids) for end, ids in zip(self.ends, self.ids, strict=True)]
         decoding = {id(req) for req in batch.decoding_reqs or ()}
         known = [
-            rings.rows_before(row, req.rid, prefix, id(req) in decoding)
-            for row, req, prefix in zip(self.pool_rows, batch.reqs, self.prefixes, strict=True)
+            rings.known_before(index, req.rid, prefix, id(req) in decoding)
+            for index, req, prefix in zip(self.pool_idx, batch.reqs, self.prefixes, strict=True)
         ]
         self.front = [
-            min(num_layers - 1 + lag.of(row), count)
-            for row, count in zip(self.pool_rows, known, strict=True)
+            min(num_layers - 1 + store.lag.of(index), count) for index, count in zip(self.pool_idx, known, strict=True)
         ]
         self.starts = [p - f for p, f in zip(self.prefixes, self.front, strict=True)]
-        firsts = [
-            rings.first_known(row, prefix, count)
-            for row, prefix, count in zip(self.pool_rows, self.prefixes, known, strict=True)
+        self.firsts = [
+            rings.first_after_prefill(index, prefix, count)
+            for index, prefix, count in zip(self.pool_idx, self.prefixes, known, strict=True)
         ]
-        rings.begin(self.pool_rows, [req.rid for req in batch.reqs], firsts, self.ends)
-        lag.begin(self.pool_rows)
 
-    def rows(self, next_token_ids: Tensor) -> MTPRows:
+    def rows(self, next_token_ids: Tensor) -> MTPPassInput:
         """next_token_ids: [B], the sampled tokens; used where the prompt ends here."""
         lines = [
             list(ids[start + 1 : end + self.num_layers])
@@ -75,23 +74,22 @@ class PrefillPass:
         if not any(self.front):
             return new
         pieces, offset = [], 0
-        for row, start, prefix, end in zip(
-            self.pool_rows, self.starts, self.prefixes, self.ends, strict=True
-        ):
+        for index, start, prefix, end in zip(self.pool_idx, self.starts, self.prefixes, self.ends, strict=True):
             positions = torch.arange(start, prefix, device=new.device) % self.rings.capacity
-            pieces += [self.rings.hidden[row, positions], new[offset : offset + end - prefix]]
+            pieces += [self.rings.hidden[index, positions], new[offset : offset + end - prefix]]
             offset += end - prefix
         return torch.cat(pieces)
 
-    def remember(self, rows: MTPRows, hidden: Tensor) -> None:
-        """Put the last C positions of every request into the rings."""
+    def remember(self, rows: MTPPassInput, hidden: Tensor) -> None:
+        """Note this prefill in the store, and put the last C positions of every request into the rings."""
+        self.store.begin_prefill(self.pool_idx, self.rids, self.firsts, self.ends)
         owners, picks, positions = [], [], []
         offset = 0
-        for row, start, end in zip(self.pool_rows, self.starts, self.ends, strict=True):
+        for index, start, end in zip(self.pool_idx, self.starts, self.ends, strict=True):
             first = max(start, end - self.rings.capacity)
             positions.extend(range(first, end))
             picks.extend(range(offset + first - start, offset + end - start))
-            owners.extend([row] * (end - first))
+            owners.extend([index] * (end - first))
             offset += end - start
         device = hidden.device
         at, owner = torch.tensor(positions, device=device), torch.tensor(owners, device=device)

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from sglang_step35.names import is_our_code
+
+_MAX_LAG = 96  # positions that layers may lag before they must catch up
+
 
 class SpeculativeSettingsError(ValueError):
     """A server flag asks for something multi-token prediction with MTP layers cannot do."""
@@ -23,20 +27,35 @@ class MTPSettings:
         """Verify width: the drafts and the token before them."""
         return self.num_steps + 1
 
+    @property
+    def pass_rows(self) -> int:
+        """Rows of an MTP pass behind a verify step: its S + 1 tokens, and the S - 1 positions before
+        them whose KV the last layer recomputes with the true tokens."""
+        return 2 * self.num_steps
 
-def check_settings(
-    *, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int, attention_dp: int
-) -> None:
+    @property
+    def ring_capacity(self) -> int:
+        """Positions the worker keeps per request, a power of two.
+
+        The last layer reads tokens S positions past a pass's rows, and no two of these may share an
+        entry. Where rounds may skip layers, what they lag comes on top.
+        """
+        needed = self.pass_rows + self.num_steps + (_MAX_LAG if self.adaptive else 0)
+        return 1 << (needed - 1).bit_length()
+
+    def retained(self, earlier_keys: int) -> int:
+        """Tokens behind a request's committed length that its sliding and MTP layers may still read."""
+        return earlier_keys + self.ring_capacity
+
+
+def check_settings(*, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int, attention_dp: int) -> None:
     """Raise SpeculativeSettingsError naming the flag that cannot work."""
     if num_mtp_layers < 1:
         raise SpeculativeSettingsError(
-            "this checkpoint has no MTP layers (num_nextn_predict_layers is 0): "
-            "remove --speculative-algorithm"
+            "this checkpoint has no MTP layers (num_nextn_predict_layers is 0): remove --speculative-algorithm"
         )
     if topk != 1:
-        raise SpeculativeSettingsError(
-            f"--speculative-eagle-topk {topk}: MTP layers draft one chain, use 1"
-        )
+        raise SpeculativeSettingsError(f"--speculative-eagle-topk {topk}: MTP layers draft one chain, use 1")
     if not 1 <= num_steps <= num_mtp_layers:
         raise SpeculativeSettingsError(
             f"--speculative-num-steps {num_steps}: this checkpoint has {num_mtp_layers} MTP "
@@ -44,8 +63,7 @@ def check_settings(
         )
     if num_draft_tokens != num_steps + 1:
         raise SpeculativeSettingsError(
-            f"--speculative-num-draft-tokens {num_draft_tokens}: must be "
-            f"--speculative-num-steps + 1 = {num_steps + 1}"
+            f"--speculative-num-draft-tokens {num_draft_tokens}: must be --speculative-num-steps + 1 = {num_steps + 1}"
         )
     if attention_dp > 1:
         raise SpeculativeSettingsError(
@@ -59,16 +77,16 @@ def check_attention_backends(names: tuple[str | None, ...], window: int | None) 
     """Refuse SGLang's own FlashInfer backend, in whose place `hooks.py` puts ours.
 
     SGLang 0.5.23's plans a sliding layer's verify window from a request's first keys instead of
-    its last (tests/test_flashinfer_window.py shows it).
+    its last (tests/attention/test_flashinfer_window.py shows it).
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     if not window or "flashinfer" not in names:
         return
-    maker = ATTENTION_BACKENDS["flashinfer"].__module__
-    if not maker.startswith("sglang_step35."):
+    maker = ATTENTION_BACKENDS["flashinfer"]
+    if not is_our_code(maker):
         raise SpeculativeSettingsError(
-            f"--attention-backend flashinfer is built by {maker}, not by sglang-step35, and reads "
+            f"--attention-backend flashinfer is built by {maker.__module__}, not by sglang-step35, and reads "
             "wrong keys when it verifies drafts in sliding-window layers: remove the plug-in that "
             "replaced it, or use fa3 (Hopper), fa4 (Blackwell) or triton"
         )

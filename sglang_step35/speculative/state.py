@@ -1,97 +1,237 @@
-"""What the worker remembers of each request between rounds: recent tokens and hidden states.
+"""What the worker remembers of each request between rounds, in one store keyed by request-pool index.
 
 Layer i's KV at position t depends on the tokens up to t + 1 + i, so the KV it wrote for a
 request's last i positions came from drafts and must be recomputed once the true tokens are known.
 For that the worker keeps the backbone's hidden states and the tokens of every request's last
-positions in rings indexed by SGLang's request-pool row: no call-back tells a worker that a request
-moved between batches, was retracted or has finished, and the row needs none.
+positions. The key is SGLang's request-pool index: no call-back tells a worker that a request moved
+between batches, was retracted or has finished, and the index needs none.
+
+Letters: P pool size, C ring capacity, S MTP layers, H hidden size, V vocabulary, B requests of the
+batch, W positions. `pool_idx` are host ints, `pool_indices` a tensor [B].
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.settings import MTPSettings
+
+
+@dataclass(frozen=True)
+class RequestStore:
+    """All state of requests between rounds."""
+
+    rings: "RequestRings"
+    lag: "LayerLag"
+    drafts: "LastDrafts"
+    probs: "DraftProbs"
+    counts: "OutputCounts"
+
+    @classmethod
+    def allocate(
+        cls, settings: MTPSettings, pool_size: int, *, hidden_size: int, vocab_size: int, dtype, device
+    ) -> "RequestStore":
+        """For every index of a request pool; dtype: of the hidden states."""
+        capacity, steps = settings.ring_capacity, settings.num_steps
+        return cls(
+            rings=RequestRings(pool_size, capacity, hidden_size, dtype, device),
+            lag=LayerLag(pool_size, steps, capacity),
+            drafts=LastDrafts(pool_size),
+            probs=DraftProbs(pool_size, steps, vocab_size, device),
+            counts=OutputCounts(vocab_size, device),
+        )
+
+    def begin_prefill(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
+        """A prefill runs every layer up to ends[b]; firsts[b]: the first position with a known hidden state."""
+        self.rings.begin(pool_idx, rids, firsts, ends)
+        self.lag.begin(pool_idx)
+
+    def note_drafts(self, pool_idx: list[int], pool_indices: Tensor, count: int, sampler) -> None:
+        """A pass drafted `count` tokens for each request, with this DraftSampler."""
+        self.drafts.note(pool_idx, count, sampler.confidences)
+        self.probs.put(pool_indices, sampler.probs)
+
 
 class RequestRings:
-    """Rings of hidden states and tokens, C positions per request-pool row.
+    """Rings of hidden states and tokens: position p of a request is entry p % C."""
 
-    Position p of a request is entry p % C. Letters: P pool rows, C capacity, H hidden size,
-    B requests of the batch, W positions.
-    """
-
-    def __init__(self, pool_rows: int, capacity: int, hidden_size: int, dtype, device):
+    def __init__(self, pool_size: int, capacity: int, hidden_size: int, dtype, device):
         self.capacity = capacity
-        self.hidden = torch.zeros(pool_rows, capacity, hidden_size, dtype=dtype, device=device)
-        self.tokens = torch.zeros(pool_rows, capacity, dtype=torch.int64, device=device)
+        self.hidden = torch.zeros(pool_size, capacity, hidden_size, dtype=dtype, device=device)
+        self.tokens = torch.zeros(pool_size, capacity, dtype=torch.int64, device=device)
         # First position of which the ring (or its overwritten past) knew the hidden state.
-        self.first_row = torch.zeros(pool_rows, dtype=torch.int64, device=device)
-        # Host side, per row: the request, its committed length and first_row at its last prefill.
+        self.first_known = torch.zeros(pool_size, dtype=torch.int64, device=device)
+        # Host side: the request, its committed length and first_known at its last prefill.
         self._prefills: dict[int, tuple[str, int, int]] = {}
 
-    def rows_before(self, row: int, rid: str, prefix_len: int, decoding: bool = False) -> int:
+    def known_before(self, pool_idx: int, rid: str, prefix_len: int, decoding: bool = False) -> int:
         """Known hidden states before a prefill from prefix_len.
 
         0 unless the prefill goes on where the request's last chunk ended, or the request is being
         decoded and shares a batch with prefills (`--enable-mixed-chunk`).
         """
-        owner, end, first = self._prefills.get(row, (None, 0, 0))
+        owner, end, first = self._prefills.get(pool_idx, (None, 0, 0))
         continues = owner == rid and (decoding or end == prefix_len)
         return min(prefix_len - first, self.capacity) if continues else 0
 
-    def begin(self, rows: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
-        """Note a prefill up to ends[b]; firsts[b]: the first row with a known hidden state."""
-        for row, rid, first, end in zip(rows, rids, firsts, ends, strict=True):
-            self._prefills[row] = (rid, end, first)
-        device = self.first_row.device
-        self.first_row[torch.tensor(rows, device=device)] = torch.tensor(firsts, device=device)
+    def begin(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
+        """Note a prefill up to ends[b]; firsts[b]: the first position with a known hidden state."""
+        for index, rid, first, end in zip(pool_idx, rids, firsts, ends, strict=True):
+            self._prefills[index] = (rid, end, first)
+        device = self.first_known.device
+        self.first_known[torch.tensor(pool_idx, device=device)] = torch.tensor(firsts, device=device)
 
-    def first_known(self, row: int, prefix_len: int, rows_before: int) -> int:
-        """First row with a known hidden state after a prefill with `rows_before`."""
-        return self._prefills[row][2] if rows_before else prefix_len
+    def first_after_prefill(self, pool_idx: int, prefix_len: int, known: int) -> int:
+        """First position with a known hidden state after a prefill with `known` of them before it."""
+        return self._prefills[pool_idx][2] if known else prefix_len
 
-    def put(self, rows: Tensor, positions: Tensor, hidden: Tensor) -> None:
-        """Store hidden states [N, H] of positions [N] of pool rows [N]."""
-        self.hidden[rows, positions % self.capacity] = hidden
+    def put(self, pool_indices: Tensor, positions: Tensor, hidden: Tensor) -> None:
+        """Store hidden states [N, H] of positions [N] of pool indices [N]."""
+        self.hidden[pool_indices, positions % self.capacity] = hidden
 
-    def put_tokens(self, rows: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        """Store tokens [N] of positions [N] of pool rows [N]."""
-        self.tokens[rows, positions % self.capacity] = tokens
+    def put_tokens(self, pool_indices: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Store tokens [N] of positions [N] of pool indices [N]."""
+        self.tokens[pool_indices, positions % self.capacity] = tokens
 
-    def window(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
+    def window(self, pool_indices: Tensor, start: Tensor, width: int) -> Tensor:
         """Hidden states of positions [start[b], start[b] + width): [B, width, H]."""
-        return self.hidden[rows[:, None], self._entries(start, width)]
+        return self.hidden[pool_indices[:, None], self._entries(start, width)]
 
-    def token_window(self, rows: Tensor, start: Tensor, width: int) -> Tensor:
+    def token_window(self, pool_indices: Tensor, start: Tensor, width: int) -> Tensor:
         """Tokens of positions [start[b], start[b] + width): [B, width] int64."""
-        return self.tokens[rows[:, None], self._entries(start, width)]
+        return self.tokens[pool_indices[:, None], self._entries(start, width)]
 
     def _entries(self, start: Tensor, width: int) -> Tensor:
+        if width > self.capacity:
+            raise ValueError(f"{width} positions do not fit a ring of {self.capacity}: one would stand for two")
         offsets = torch.arange(width, device=start.device)
         return (start[:, None] + offsets) % self.capacity
 
 
-class Proposals:
-    """Distributions the drafts of sampling requests were drawn from, per request-pool row.
+class LayerLag:
+    """Host-side bound, per request and layer, of positions committed since the layer last ran.
 
-    Kept here and not relayed through the scheduler, so that greedy batches carry none. A greedy
-    request's row may hold anything: its target distribution is one-hot, which leaves nothing of q.
+    A layer that did not run in a round has no KV for the positions committed since. When it runs
+    again the pass starts that much earlier; the rings hold the hidden states it needs.
     """
 
-    def __init__(self, pool_rows: int, num_steps: int, vocab_size: int, device):
-        self._shape = (pool_rows, num_steps, vocab_size)
+    def __init__(self, pool_size: int, num_layers: int, capacity: int):
+        self.capacity = capacity
+        self.num_layers = num_layers
+        self.behind = [[0] * num_layers for _ in range(pool_size)]
+
+    def of(self, pool_idx: int) -> int:
+        """Positions by which the request's slowest layer lags."""
+        return max(self.behind[pool_idx])
+
+    def begin(self, pool_idx: Sequence[int]) -> None:
+        """A prefill ran every layer for these requests."""
+        for index in pool_idx:
+            self.behind[index] = [0] * self.num_layers
+
+    def rows_needed(self, pool_idx: list[int], width: int, depth: int) -> int:
+        """Rows of a pass of the first `depth` layers after a verify of `width` tokens.
+
+        Layer i recomputes its i last positions as well.
+        """
+        reach = (lag + i for index in pool_idx for i, lag in enumerate(self.behind[index][:depth]))
+        return width + max(reach, default=0)
+
+    def note(self, pool_idx: list[int], width: int, depth: int) -> None:
+        """The first `depth` layers ran after a verify of `width` tokens."""
+        for index in pool_idx:
+            self.behind[index] = [0] * depth + [lag + width for lag in self.behind[index][depth:]]
+
+    def must_catch_up(self, pool_idx: list[int], width: int, widest: int) -> bool:
+        """Whether skipping a layer now could outrun the rings in the next round, of `widest` tokens at most."""
+        slowest = max(map(self.of, pool_idx), default=0)
+        rows = slowest + width + widest + self.num_layers - 1
+        return rows + self.num_layers > self.capacity  # the last layer reads S tokens past its rows
+
+
+class LastDrafts:
+    """Host-side: how many tokens a request's last pass drafted, how confidently."""
+
+    def __init__(self, pool_size: int):
+        self._counts = [0] * pool_size
+        self._confidences: list[list[float]] = [[] for _ in range(pool_size)]
+
+    def note(self, pool_idx: list[int], count: int, confidences: list[list[float]]) -> None:
+        """A pass drafted `count` tokens for each request; confidences[layer][b], empty if unknown."""
+        for b, index in enumerate(pool_idx):
+            self._counts[index] = count
+            self._confidences[index] = [chances[b] for chances in confidences]
+
+    def counts(self, pool_idx: list[int]) -> list[int]:
+        """Drafts of each request."""
+        return [self._counts[index] for index in pool_idx]
+
+    def confidences(self, pool_idx: list[int]) -> list[list[float]]:
+        """Probabilities of each request's drafts, empty where unknown."""
+        return [self._confidences[index] for index in pool_idx]
+
+
+class DraftProbs:
+    """Distributions the drafts of sampling requests were drawn from.
+
+    Kept here and not relayed through the scheduler, so that greedy batches carry none. A greedy
+    request's entry may hold anything: its target distribution is one-hot, which leaves nothing of q.
+    """
+
+    def __init__(self, pool_size: int, num_steps: int, vocab_size: int, device):
+        self._shape = (pool_size, num_steps, vocab_size)
         self._device = device
         self._values: Tensor | None = None
 
-    def put(self, rows: Tensor, proposals: Sequence[Tensor]) -> None:
-        """Store the first steps' distributions, each [B, V], for pool rows [B]."""
-        if not proposals:
+    def put(self, pool_indices: Tensor, probs: Sequence[Tensor]) -> None:
+        """Store the first steps' distributions, each [B, V], of pool indices [B]."""
+        if not probs:
             return
         if self._values is None:
             self._values = torch.zeros(self._shape, device=self._device)
-        for step, proposal in enumerate(proposals):
-            self._values[rows, step] = proposal
+        for step, distribution in enumerate(probs):
+            self._values[pool_indices, step] = distribution
 
-    def get(self, rows: Tensor, steps: int) -> Tensor | None:
+    def get(self, pool_indices: Tensor, steps: int) -> Tensor | None:
         """[B, steps, V] float32, or None before any sampling request."""
-        return None if self._values is None else self._values[rows, :steps]
+        return None if self._values is None else self._values[pool_indices, :steps]
+
+
+class OutputCounts:
+    """Token counts of the output of every penalised request, kept on the device.
+
+    The scheduler's own record lags one round behind under overlap scheduling, so the worker counts
+    what it accepts.
+    """
+
+    def __init__(self, vocab_size: int, device):
+        self.vocab_size = vocab_size
+        self.device = device
+        self._counts: dict[int, tuple[str, Tensor]] = {}
+
+    def begin(self, pool_idx: int, req) -> None:
+        """(Re)count a request at its prefill; later rounds add to it."""
+        counts = torch.zeros(self.vocab_size, device=self.device)
+        if req.output_ids:
+            output = torch.tensor(list(req.output_ids), device=self.device)
+            counts.index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+        self._counts[pool_idx] = (req.rid, counts)
+
+    def of(self, pool_idx: int, req) -> Tensor:
+        """Counts [V] of the request that holds this index."""
+        rid, counts = self._counts.get(pool_idx, (None, None))
+        if rid != req.rid:
+            self.begin(pool_idx, req)
+            counts = self._counts[pool_idx][1]
+        return counts
+
+    def add(self, pool_idx: int, req, tokens: Tensor, valid: Tensor) -> None:
+        """Count tokens [N] where valid [N]."""
+        self.of(pool_idx, req).index_add_(0, tokens, valid.to(torch.float32))
+
+    def forget_except(self, pool_idx: set[int]) -> None:
+        """Drop the counts of indices that no longer belong to a penalised request."""
+        for index in [index for index in self._counts if index not in pool_idx]:
+            del self._counts[index]

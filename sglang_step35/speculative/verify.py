@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled
 from sglang_step35.speculative.device import chain_verify_input
-from sglang_step35.speculative.penalties import OutputCounts, PenaltyRule, penalise
+from sglang_step35.speculative.penalties import PenaltyRule, penalise
 from sglang_step35.speculative.sampling import SamplingRule
+from sglang_step35.speculative.state import OutputCounts
 
 # Separate random streams, so that no draw of a seeded request is used twice.
 _ACCEPT_STREAM, _FINAL_STREAM = 0, 1
@@ -43,9 +44,7 @@ class TargetVerifier:
         self.req_to_token_pool = req_to_token_pool
         self.counts = counts
 
-    def run(
-        self, batch, chain: Tensor, proposal: Tensor | None, grammar_barrier=None
-    ) -> VerifyOutcome:
+    def run(self, batch, chain: Tensor, proposal: Tensor | None, grammar_barrier=None) -> VerifyOutcome:
         """Verify `chain` [B, N] int64 (column 0 the bonus token, -1 where nothing was drafted).
 
         proposal: [B, N - 1, V] probabilities the drafts were sampled from, None if greedy.
@@ -56,9 +55,7 @@ class TargetVerifier:
         forward_batch, can_run_graph = eagle_prepare_for_verify(
             batch.spec_info, self.req_to_token_pool, batch, self.target_worker
         )
-        output = self.target_worker.forward_batch_generation(
-            batch=None, forward_batch=forward_batch, is_verify=True
-        )
+        output = self.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
         logits_output = output.logits_output
         if grammar_tree is not None:
             self._mask_grammar(batch, logits_output, grammar_tree, grammar_barrier)

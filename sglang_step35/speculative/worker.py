@@ -14,26 +14,18 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
-from sglang_step35.cache.lookahead import set_lag
-from sglang_step35.speculative.choose import DraftChooser
-from sglang_step35.speculative.depth import DepthPlanner, DraftLog, LayerLag
+from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.device import host_reads_are_free, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
+from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.metrics import DraftCounters
-from sglang_step35.speculative.penalties import OutputCounts, PenaltyRule
+from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
+from sglang_step35.speculative.penalties import PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
-from sglang_step35.speculative.rows import MTPRows, window_rows
-from sglang_step35.speculative.settings import (
-    MTPSettings,
-    check_attention_backends,
-    check_settings,
-)
-from sglang_step35.speculative.state import Proposals, RequestRings
+from sglang_step35.speculative.prefix_key import set_lag
+from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
+from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
-
-# Positions kept per request: a verify window and the rows recomputed with it, or, where rounds
-# may skip layers, as many rounds as skip before the layers must catch up.
-_FIXED_CAPACITY, _ADAPTIVE_CAPACITY = 16, 128
 
 
 class Step35SpecWorker(BaseSpecWorker):
@@ -57,7 +49,6 @@ class Step35SpecWorker(BaseSpecWorker):
             num_mtp_layers=target_worker.model_config.num_nextn_predict_layers or 0,
             attention_dp=get_parallel().attn_dp_size,
         )
-        self.capacity = _ADAPTIVE_CAPACITY if self.settings.adaptive else _FIXED_CAPACITY
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
         # The scheduler tops up every request's KV slots from this before each round.
         EagleDraftInput.ALLOC_LEN_PER_DECODE = self.settings.num_draft_tokens
@@ -79,35 +70,26 @@ class Step35SpecWorker(BaseSpecWorker):
     @property
     def draft_swa_window(self) -> int:
         """Earlier positions the MTP rows before the committed length still read."""
-        window = self._target_worker.model_runner.sliding_window_size
-        return window + self.capacity if window else 0
+        earlier_keys = self._target_worker.model_runner.sliding_window_size
+        return self.settings.retained(earlier_keys) if earlier_keys else 0
 
-    def alloc_memory_pool(
-        self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None
-    ):
+    def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None):
         super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
         runner = self._target_worker.model_runner
         config = runner.model_config
-        pool_rows = req_to_token_pool.req_to_token.shape[0]
-        self.lag = LayerLag(pool_rows, self.settings.num_steps, self.capacity)
-        set_lag(req_to_token_pool, self.lag.of)
-        self.depths = DepthPlanner(self.settings)
-        self.drafted = DraftLog(pool_rows)
-        self.rings = RequestRings(
-            pool_rows=pool_rows,
-            capacity=self.capacity,
+        self.store = RequestStore.allocate(
+            self.settings,
+            req_to_token_pool.req_to_token.shape[0],
             hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
             dtype=runner.dtype,
             device=runner.device,
         )
-        vocab_size = config.vocab_size
-        self.proposals = Proposals(pool_rows, self.settings.num_steps, vocab_size, runner.device)
-        self.counts = OutputCounts(vocab_size, runner.device)
-        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.counts)
+        set_lag(req_to_token_pool, self.store.lag.of)
+        self.depths = DepthPlanner(self.settings)
+        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts)
 
-    def forward_batch_generation(
-        self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None
-    ):
+    def forward_batch_generation(self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None):
         """One scheduler step: a prefill (chunk) or one round of verify and draft."""
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish, pp_proxy_tensors)
@@ -122,67 +104,61 @@ class Step35SpecWorker(BaseSpecWorker):
             on_publish(result.new_seq_lens)
         self._count_first_tokens(batch, result.next_token_ids)
         steps = self.settings.num_steps
-        prefill = PrefillPass(batch, self.rings, self.lag, self.req_to_token_pool)
+        prefill = PrefillPass(batch, self.store, self.req_to_token_pool)
         rows = prefill.rows(result.next_token_ids)
         hidden = prefill.hidden(result.logits_output.hidden_states)
         prefill.remember(rows, hidden)
-        chooser = self._chooser(batch, batch.seq_lens)
-        self._draft_worker.run(batch, rows, hidden, steps, chooser)
-        self.proposals.put(prefill.pool_indices, chooser.proposals)
-        self.drafted.note(prefill.pool_rows, steps, chooser.confidences)
-        result.next_draft_input = chooser.draft_input(result.next_token_ids)
+        sampler = self._sampler(batch, batch.seq_lens)
+        self._draft_worker.run(batch, rows, hidden, steps, sampler)
+        self.store.note_drafts(prefill.pool_idx, prefill.pool_indices, steps, sampler)
+        result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 
     def _round(self, batch, on_publish, grammar_barrier):
         draft_input = batch.spec_info or self._idle_input()
-        pool_rows = [req.kv.req_pool_idx for req in batch.reqs]
-        offered = self.drafted.counts(pool_rows)
+        pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
+        offered = self.store.drafts.counts(pool_idx)
         rids = tuple(req.rid for req in batch.reqs)
-        self.depths.begin_round(rids, offered, self.drafted.confidences(pool_rows))
+        self.depths.begin_round(rids, offered, self.store.drafts.confidences(pool_idx))
         width = verify_width(offered, self.settings.num_steps, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], draft_input.topk_index[:, : width - 1]], dim=1)
         # [B, S, V] are copied here: only where a request samples.
         greedy = batch.sampling_info.is_all_greedy
-        proposal = None if greedy else self.proposals.get(batch.req_pool_indices, width - 1)
+        proposal = None if greedy else self.store.probs.get(batch.req_pool_indices, width - 1)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)
         self._remember_round(batch.req_pool_indices, seq_lens, outcome)
         self._count_accepted(batch, outcome)
-        chooser = self._draft(batch, pool_rows, seq_lens, seq_lens_cpu, outcome)
+        sampler = self._draft(batch, pool_idx, seq_lens, seq_lens_cpu, outcome)
         last = (outcome.accept_lens - 1)[:, None]
         bonus = outcome.tokens.gather(1, last).squeeze(1)
-        outcome.result.next_draft_input = chooser.draft_input(bonus)
+        outcome.result.next_draft_input = sampler.draft_input(bonus)
         return outcome.result
 
-    def _draft(
-        self, batch, pool_rows: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor, outcome
-    ) -> DraftChooser:
+    def _draft(self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor, outcome) -> DraftSampler:
         """Bring the MTP layers up to the committed length and draft the next chain."""
         steps, width = self.settings.num_steps, outcome.tokens.shape[1]
-        depth = self.depths.next_depth(len(pool_rows))
-        full = self.lag.must_catch_up(pool_rows, width, steps + 1)
+        depth = self.depths.next_depth(len(pool_idx))
+        full = self.store.lag.must_catch_up(pool_idx, width, steps + 1)
         if full:
             depth = steps
         may_stop = depth > 1 and not full
-        chooser = self._chooser(batch, outcome.result.new_seq_lens, may_stop)
+        sampler = self._sampler(batch, outcome.result.new_seq_lens, may_stop)
         ran = 0
         if depth:
-            num_rows = self.lag.rows_needed(pool_rows, width, depth)
-            rows, hidden = self._window(
-                batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows
-            )
-            ran = self._draft_worker.run(batch, rows, hidden, depth, chooser)
-        self.lag.note(pool_rows, width, ran)
-        self.drafted.note(pool_rows, ran, chooser.confidences)
-        self.proposals.put(batch.req_pool_indices, chooser.proposals)
-        return chooser
+            num_rows = self.store.lag.rows_needed(pool_idx, width, depth)
+            rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
+            ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
+        self.store.lag.note(pool_idx, width, ran)
+        self.store.note_drafts(pool_idx, batch.req_pool_indices, ran, sampler)
+        return sampler
 
     def _window(
-        self, pool_rows: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome, num_rows: int
-    ) -> tuple[MTPRows, Tensor]:
+        self, pool_indices: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome, num_rows: int
+    ) -> tuple[MTPPassInput, Tensor]:
         """Rows of the MTP pass that ends with the verify window, and their hidden states."""
         width = outcome.tokens.shape[1]
         start = seq_lens + width - num_rows
@@ -192,14 +168,12 @@ class Step35SpecWorker(BaseSpecWorker):
             accept_lens=outcome.accept_lens,
             width=num_rows,
             verify_width=width,
-            first_row=self.rings.first_row[pool_rows],
+            first_known=self.store.rings.first_known[pool_indices],
             req_to_token=self.req_to_token_pool.req_to_token,
-            req_pool_indices=pool_rows,
-            tokens=self.rings.token_window(
-                pool_rows, start + 1, num_rows + self.settings.num_steps
-            ),
+            req_pool_indices=pool_indices,
+            tokens=self.store.rings.token_window(pool_indices, start + 1, num_rows + self.settings.num_steps),
         )
-        return rows, self.rings.window(pool_rows, start, num_rows).flatten(0, 1)
+        return rows, self.store.rings.window(pool_indices, start, num_rows).flatten(0, 1)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req, batch_size: int = 0) -> None:
         """SGLang's report of a round's accepted drafts per request, on the host."""
@@ -207,21 +181,21 @@ class Step35SpecWorker(BaseSpecWorker):
         if self.draft_counters is not None:
             self.draft_counters.add(offered, accepted)
 
-    def _remember_round(self, pool_rows: Tensor, seq_lens: Tensor, outcome) -> None:
+    def _remember_round(self, pool_indices: Tensor, seq_lens: Tensor, outcome) -> None:
         """Put the window's hidden states and tokens into the rings.
 
         Entries past the accepted ones are garbage that the next round overwrites before use.
         """
         size, width = outcome.tokens.shape
         positions = seq_lens[:, None] + torch.arange(width, device=seq_lens.device)
-        owners = pool_rows[:, None].expand(size, width)
-        self.rings.put(owners, positions, outcome.hidden.view(size, width, -1))
-        self.rings.put_tokens(owners, positions + 1, outcome.tokens.clamp(min=0))
+        owners = pool_indices[:, None].expand(size, width)
+        self.store.rings.put(owners, positions, outcome.hidden.view(size, width, -1))
+        self.store.rings.put_tokens(owners, positions + 1, outcome.tokens.clamp(min=0))
 
-    def _chooser(self, batch, positions: Tensor, may_stop: bool = False) -> DraftChooser:
+    def _sampler(self, batch, positions: Tensor, may_stop: bool = False) -> DraftSampler:
         # Where reading a confidence waits for the device, passes run to their planned depth.
         asks = may_stop and host_reads_are_free(positions.device)
-        return DraftChooser(
+        return DraftSampler(
             batch.sampling_info,
             positions,
             num_steps=self.settings.num_steps,
@@ -231,10 +205,10 @@ class Step35SpecWorker(BaseSpecWorker):
     def _count_first_tokens(self, batch, next_token_ids: Tensor) -> None:
         for b, req in enumerate(batch.reqs):
             if PenaltyRule.from_request(req) is not None:
-                row = req.kv.req_pool_idx
-                self.counts.begin(row, req)
+                index = req.kv.req_pool_idx
+                self.store.counts.begin(index, req)
                 token = next_token_ids[b : b + 1].long()
-                self.counts.add(row, req, token, torch.ones_like(token))
+                self.store.counts.add(index, req, token, torch.ones_like(token))
 
     def _count_accepted(self, batch, outcome) -> None:
         columns = torch.arange(outcome.tokens.shape[1], device=outcome.tokens.device)
@@ -243,10 +217,8 @@ class Step35SpecWorker(BaseSpecWorker):
             if PenaltyRule.from_request(req) is not None:
                 valid = columns < outcome.accept_lens[b]
                 penalised.add(req.kv.req_pool_idx)
-                self.counts.add(
-                    req.kv.req_pool_idx, req, outcome.tokens[b].clamp(min=0), valid
-                )
-        self.counts.forget_except(penalised)
+                self.store.counts.add(req.kv.req_pool_idx, req, outcome.tokens[b].clamp(min=0), valid)
+        self.store.counts.forget_except(penalised)
 
     def _idle_input(self) -> EagleDraftInput:
         runner = self._draft_worker.draft_runner

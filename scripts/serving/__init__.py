@@ -1,1 +1,0 @@
-"""Load generator and report behind scripts/bench_serving.py: workloads -> load -> stats -> plots, report."""

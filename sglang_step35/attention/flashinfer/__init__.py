@@ -1,0 +1,1 @@
+"""FlashInfer on CUDA: SGLang's backend and kernels, with plans of our own."""

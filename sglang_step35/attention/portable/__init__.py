@@ -1,0 +1,1 @@
+"""Full and sliding-window attention in plain torch, for CPUs."""

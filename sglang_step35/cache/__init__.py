@@ -1,1 +1,0 @@
-"""Prefix cache whose keys look as far ahead as the MTP layers do."""

@@ -1,0 +1,1 @@
+"""How checkpoints are stored: one reader a format, names and shapes of tensors."""

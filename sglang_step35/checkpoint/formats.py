@@ -1,0 +1,9 @@
+"""Which format a checkpoint has."""
+
+from sglang_step35.checkpoint.base import CheckpointFiles
+from sglang_step35.checkpoint.safetensors import SafetensorsFiles
+
+
+def open_files(source: str | None) -> CheckpointFiles:
+    """The files behind `--model-path`: a directory or a model id; None or an unknown one has no files."""
+    return SafetensorsFiles(source)

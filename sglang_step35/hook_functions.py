@@ -1,0 +1,81 @@
+"""The functions behind `hooks.py` that belong to no other room: which model, worker and backend serve.
+
+SGLang's own signatures; each says in which case it leaves SGLang's answer alone.
+"""
+
+from sglang_step35 import names
+
+
+def require_our_model(resolved, model_config):
+    """Refuse to serve a Step-3.5 architecture with a class that is not ours."""
+    model_class, architecture = resolved
+    if architecture in names.ARCHITECTURES and not names.is_our_code(model_class):
+        raise RuntimeError(
+            f"{architecture} resolved to {model_class.__module__}.{model_class.__name__} instead "
+            f"of sglang-step35's model: see the import error logged above"
+        )
+
+
+def mtp_layer_ids(layer_ids, model_architectures, hf_text_config):
+    """Sliding and full layer ids of the draft model: all its MTP layers, not one.
+
+    SGLang knows the draft as one layer per runner; ours holds every MTP layer in one
+    runner, with KV pool layers 0 .. num_nextn_predict_layers - 1.
+    """
+    if names.MTP not in model_architectures:
+        return None
+    first = hf_text_config.num_hidden_layers
+    types = hf_text_config.layer_types[first : first + hf_text_config.num_nextn_predict_layers]
+    sliding = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    return sliding, [i for i in range(len(types)) if i not in sliding]
+
+
+def adaptive_unsupported_reason(stock_reason, server_args) -> str | None:
+    """Allow `--speculative-adaptive` with our worker, which chooses the depth itself.
+
+    SGLang refuses it with multi-layer EAGLE and with a platform's own worker.
+    """
+    from sglang.srt.arg_groups.overrides import attn_dp_enabled_of, resolved_view
+
+    if not serves_mtp(server_args) or attn_dp_enabled_of(resolved_view(server_args)):
+        return stock_reason(server_args)
+    return None
+
+
+def create_step35_worker(create_worker, algorithm, server_args):
+    """Our worker for Step-3.5 under EAGLE; SGLang's choice for everything else."""
+    if algorithm.is_eagle() and serves_mtp(server_args):
+        from sglang_step35.speculative.worker import Step35SpecWorker
+
+        return Step35SpecWorker
+    return create_worker(algorithm, server_args)
+
+
+def create_flashinfer_backend(runner):
+    """What `--attention-backend flashinfer` builds: ours for Step-3.5, SGLang's for every other model."""
+    if not names.is_ours(runner.model_config.hf_config):
+        from sglang.srt.layers.attention import attention_registry
+
+        return attention_registry.create_flashinfer_backend(runner)
+    from sglang_step35.attention.flashinfer.backend import Step35FlashInferBackend
+
+    return Step35FlashInferBackend(runner, init_new_workspace=runner.init_new_workspace)
+
+
+def create_flashinfer_draft_backend(create, factory):
+    """(name, backend) of the draft-extend passes, as SGLang's factory returns it."""
+    if not names.is_ours(factory.draft_model_runner.model_config.hf_config):
+        return create(factory)
+    from sglang_step35.attention.flashinfer.backend import Step35FlashInferBackend
+
+    return "flashinfer", Step35FlashInferBackend(factory.draft_model_runner)
+
+
+def serves_mtp(server_args) -> bool:
+    """Whether these server arguments make our MTP worker serve."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    if resolving_view(server_args).speculative_algorithm not in ("EAGLE", "NEXTN"):
+        return False
+    return names.has_mtp_worker(model_config_of(server_args).hf_config)

@@ -1,0 +1,35 @@
+"""The vocabulary's tables, and how SGLang's fused layers name their parts."""
+
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_step35.config import ModelSpec
+
+# SGLang's fused linear layers and the checkpoint's names for their parts.
+PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+
+
+def embedding(spec: ModelSpec, quant_config=None, prefix: str = "") -> VocabParallelEmbedding:
+    """The input embedding [V, H]; whole on each rank under data-parallel attention."""
+    return VocabParallelEmbedding(
+        spec.vocab_size,
+        spec.hidden_size,
+        quant_config=quant_config,
+        enable_tp=not is_dp_attention_enabled(),
+        prefix=prefix,
+    )
+
+
+def output_head(spec: ModelSpec, quant_config=None, prefix: str = "") -> ParallelLMHead:
+    """The head [V, H], sharded over the vocabulary."""
+    return ParallelLMHead(
+        spec.vocab_size,
+        spec.hidden_size,
+        quant_config=quant_config,
+        use_attn_tp_group=get_parallel().enable_dp_lm_head,
+        prefix=prefix,
+    )

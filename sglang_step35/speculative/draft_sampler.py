@@ -1,0 +1,73 @@
+"""How a draft is drawn from an MTP layer's logits, and when a pass stops drafting."""
+
+import torch
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from torch import Tensor
+
+from sglang_step35.speculative.acceptance import NO_DRAFT, inverse_cdf
+from sglang_step35.speculative.adaptive import StopRule
+from sglang_step35.speculative.sampling import SamplingRule
+
+# Random streams 0 and 1 belong to the verifier.
+_FIRST_DRAFT_STREAM = 2
+
+
+class DraftSampler:
+    """Draws one draft per request and layer, and keeps what the next verify step needs.
+
+    Greedy drafts serve greedy requests; drafts of sampling requests are drawn from the layer's own
+    distribution q (after temperature and filters), which verification takes into account.
+    Letters: B requests, S MTP layers, V vocabulary.
+    """
+
+    def __init__(self, sampling_info, positions: Tensor, *, num_steps: int, stop_rule: StopRule | None = None):
+        """positions: [B], where each request stands; seeds its random stream.
+
+        stop_rule: when a pass ends before its last layer; None: never, which spares the
+        confidences.
+        """
+        self.num_steps = num_steps
+        self.sampled = not sampling_info.is_all_greedy
+        self.rule = SamplingRule.from_info(sampling_info) if self.sampled else None
+        self.positions = positions.long()[:, None]
+        self.stop_rule = stop_rule
+        self.drafts: list[Tensor] = []
+        self.probs: list[Tensor] = []
+        self.confidences: list[list[float]] = []  # per layer and request
+
+    def __call__(self, layer: int, logits: Tensor) -> Tensor:
+        """Drafts [B] int64 from logits [B, V]."""
+        if self.sampled:
+            proposal = self.rule.distribution(logits[:, None]).squeeze(1)
+            coin = self.rule.coins(self.positions, _FIRST_DRAFT_STREAM + layer).squeeze(1)
+            draft = inverse_cdf(proposal, coin)
+            self.probs.append(proposal)
+        else:
+            draft = logits.argmax(-1)
+        if self.stop_rule is not None:
+            probs = proposal if self.sampled else logits.float().softmax(-1)
+            self.confidences.append(probs.gather(1, draft[:, None]).squeeze(1).tolist())
+        self.drafts.append(draft)
+        return draft
+
+    @property
+    def done(self) -> bool:
+        """Whether the next layer is not worth running."""
+        return self.stop_rule is not None and self.stop_rule.stops(self.confidences)
+
+    def draft_input(self, bonus: Tensor) -> EagleDraftInput:
+        """What the scheduler relays to the next round; bonus: [B] token ids.
+
+        Steps without a draft are filled with NO_DRAFT, because the relay has a fixed width.
+        """
+        drafts = list(self.drafts)
+        while len(drafts) < self.num_steps:
+            drafts.append(torch.full_like(bonus, NO_DRAFT, dtype=torch.int64))
+        drafts = torch.stack(drafts, dim=1)
+        return EagleDraftInput(
+            topk_p=torch.zeros(drafts.shape, device=drafts.device),  # relayed, never read
+            topk_index=drafts,
+            bonus_tokens=bonus,
+            num_tokens_per_req=1,
+            num_tokens_for_logprob_per_req=1,
+        )

@@ -1,0 +1,133 @@
+"""Which positions the MTP layers compute in a pass, and which tokens they read there.
+
+Letters: B requests, R rows of a pass (flat over requests), L token-line entries, S MTP layers.
+A row is one position t of one request. Layer i at row t reads the token at t + 1 + i, so a pass
+over rows [start, end) reads the request's tokens from start + 1 on. Those tokens stand in a flat
+"line"; the drafts the layers produce are written into it for the next layer to read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MTPPassInput:
+    """One pass of the MTP layers.
+
+    positions: [R] int64, clamped at 0 (rows before a request's start are computed and ignored).
+    slots: [R] int64 KV slots; 0, SGLang's dummy slot, for rows whose KV must not be written.
+    line: [L] int64 tokens. base: [R] int64, layer i reads line[base + i].
+    draft_at: [B] int64, layer i's draft goes to line[draft_at + i].
+    last: [B] int64, the row whose output predicts the draft.
+    row_counts, ends: per request rows and the position after its last row (host ints).
+    """
+
+    positions: Tensor
+    slots: Tensor
+    line: Tensor
+    base: Tensor
+    draft_at: Tensor
+    last: Tensor
+    row_counts: list[int]
+    ends: list[int]
+
+
+def window_rows(
+    *,
+    seq_lens: Tensor,
+    seq_lens_cpu: Tensor,
+    accept_lens: Tensor,
+    width: int,
+    verify_width: int,
+    first_known: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    tokens: Tensor,
+) -> MTPPassInput:
+    """Rows after a verify step: the `width` positions that end with the verify window.
+
+    seq_lens: [B] committed length before the step, seq_lens_cpu its host copy. accept_lens: [B] including the bonus.
+    first_known: [B] first position whose hidden state is known. tokens: [B, width + S] int64, the
+    tokens from the first row's successor on. The row count is the same for every request, so
+    that the pass can be captured in a graph.
+    """
+    batch = len(seq_lens)
+    device = seq_lens.device
+    positions = (seq_lens + verify_width - width)[:, None] + torch.arange(width, device=device)  # [B, width]
+    known = positions >= first_known[:, None].clamp(min=0)
+    positions = positions.clamp(min=0)
+    slots = req_to_token[req_pool_indices[:, None], positions].long() * known
+    row = torch.arange(batch, device=device)
+    line_width = tokens.shape[1]
+    base = (row * line_width)[:, None] + torch.arange(width, device=device)
+    last = width - verify_width + accept_lens.long() - 1  # column of the last committed row
+    return MTPPassInput(
+        positions=positions.flatten(),
+        slots=slots.flatten(),
+        line=tokens.flatten(),
+        base=base.flatten(),
+        draft_at=row * line_width + last + 1,
+        last=row * width + last,
+        row_counts=[width] * batch,
+        ends=(seq_lens_cpu + verify_width).tolist(),
+    )
+
+
+def extend_rows(
+    *,
+    starts: Sequence[int],
+    ends: Sequence[int],
+    lines: Sequence[Sequence[int]],
+    num_layers: int,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+) -> MTPPassInput:
+    """Rows of a prefill: positions [starts[b], ends[b]) of every request.
+
+    lines[b]: the known tokens from starts[b] + 1 on, cut to ends[b] - starts[b] + num_layers
+    entries; unknown ones are filled by the caller (the sampled token) and by the drafts.
+    """
+    device = req_to_token.device
+    counts = [end - start for start, end in zip(starts, ends, strict=True)]
+    positions, base, line, draft_at, owner = [], [], [], [], []
+    for b, (start, end, known) in enumerate(zip(starts, ends, lines, strict=True)):
+        count, offset = end - start, len(line)
+        positions.extend(range(start, end))
+        base.extend(range(offset, offset + count))
+        owner.extend([b] * count)
+        line.extend(known[: count + num_layers])
+        line.extend([0] * (offset + count + num_layers - len(line)))
+        draft_at.append(offset + count)
+    where = torch.tensor(positions, dtype=torch.int64, device=device)
+    owners = req_pool_indices[torch.tensor(owner, dtype=torch.int64, device=device)]
+    return MTPPassInput(
+        positions=where,
+        slots=req_to_token[owners, where].long(),
+        line=torch.tensor(line, dtype=torch.int64, device=device),
+        base=torch.tensor(base, dtype=torch.int64, device=device),
+        draft_at=torch.tensor(draft_at, dtype=torch.int64, device=device),
+        last=torch.tensor(counts, device=device).cumsum(0) - 1,
+        row_counts=counts,
+        ends=list(ends),
+    )
+
+
+def extend_cache_locs(
+    *,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    start_offset: Tensor,
+    end_offset: Tensor,
+    batch_size: int,
+    draft_token_num: int,
+    device,
+) -> Tensor:
+    """KV slots of positions [start_offset, start_offset + draft_token_num): [B * n] int64.
+
+    The portable platform's implementation of SGLang's speculative cache locations.
+    """
+    columns = start_offset.long()[:, None] + torch.arange(draft_token_num, device=device)
+    return req_to_token[req_pool_indices[:, None], columns].long().flatten()

@@ -1,0 +1,38 @@
+"""Two ranks on the CPU against the reference: tensor, expert, data and pipeline parallelism."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from tests.support.checkpoints import CheckpointShape, make_checkpoint
+from tests.support.model_ranks import rank_main
+from tests.support.reference import load_reference
+
+TOLERANCE = 2e-4
+PROMPTS = [list(range(20, 60)), list(range(100, 125))]
+
+pytestmark = pytest.mark.server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("mode", ["tp", "whole_shared_expert", "ep", "dp", "pp"])
+def test_two_ranks(mode, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # two ranks on one NUMA node
+    directory = make_checkpoint(tmp_path / "checkpoint", CheckpointShape(embedding_copies=True))
+    multiprocessing.spawn(rank_main, args=(directory, tmp_path, free_port(), PROMPTS, mode), nprocs=2)
+    reference = load_reference(directory)
+    ranks = {"dp": (0, 1), "pp": (1,)}.get(mode, (0,))
+    for rank in ranks:
+        ids = PROMPTS[rank if mode == "dp" else 0]
+        logits, states, drafts = torch.load(tmp_path / str(rank))
+        assert (logits[0] - reference.logits(ids)[-1]).abs().max() < TOLERANCE
+        assert (states - reference.hidden_before_norm(ids)).abs().max() < TOLERANCE
+        for found, expected in zip(drafts, reference.mtp_logits(ids)):
+            assert (found - expected).abs().max() < TOLERANCE

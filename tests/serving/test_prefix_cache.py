@@ -1,0 +1,73 @@
+"""The prefix cache changes no token and no draft: random trees in a small pool, and multi-turn chats.
+
+`python -m scripts.benchmarks.fuzz_cache` does the same with thousands of requests.
+"""
+
+import pytest
+
+from tests.support.cache_fuzz import OFF_ARGS, SMALL_ARGS, Case, ask, record, replay
+from tests.support.nano_model import greedy, prompts
+
+pytestmark = pytest.mark.server
+REQUESTS, SEED = 150, 7
+LOOKAHEAD = 3  # tokens a key looks ahead: the number of MTP layers
+TURNS, ANSWER = 5, 24
+
+
+@pytest.fixture(scope="module")
+def rounds(serve):
+    """Random requests and what a server without a cache answered."""
+    return record(serve(*OFF_ARGS), REQUESTS, SEED)
+
+
+def test_without_a_cache_the_output_is_the_references(rounds):
+    for cases, outcomes in rounds[:6]:
+        for case, found in zip(cases, outcomes, strict=True):
+            assert list(found.ids) == greedy(case.ids, case.count)
+            assert found.cached == 0
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_random_trees_in_a_small_cache(serve, rounds, page):
+    report = replay(serve(*SMALL_ARGS, "--page-size", str(page)), rounds)
+    assert not report.problems, "\n".join(report.problems[:3])
+    assert report.requests >= REQUESTS
+    assert report.hits >= REQUESTS // 8  # else nothing was compared
+    assert report.evicted_tokens >= 2048  # the whole pool at least once
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_turn_recomputes_only_what_is_new(serve, page):
+    """Every turn is the last prompt, its answer and new tokens.
+
+    A cached row needs the LOOKAHEAD tokens behind it. The answer's final token has KV only where the last accepted
+    run went past the answer's end, so that one token is not decided here.
+    """
+    server = serve(*SMALL_ARGS, "--page-size", str(page))
+    server.post("/flush_cache", {}).raise_for_status()
+    history = []
+    for turn in range(TURNS):
+        ids = [*history, *prompts()[130 + turn][:37]]
+        (found,) = ask(server, [Case(tuple(ids), ANSWER)])
+        assert list(found.ids) == greedy(tuple(ids), ANSWER)
+        known = len(history) - LOOKAHEAD
+        assert found.cached in {max(0, rows) // page * page for rows in (known - 1, known)}
+        history = [*ids, *found.ids]
+
+
+def test_turns_accept_as_many_drafts_as_without_a_cache(serve):
+    """Two servers: accepted drafts of every turn of a chat whose turns end around page and window edges."""
+    chat, turns = [], []
+    for turn, length in enumerate([64, 15, 16, 17, 63, 65]):
+        chat = [*chat, *prompts()[140 + turn][:length]]
+        turns.append(Case(tuple(chat), 20))
+        chat = [*chat, *greedy(tuple(chat), 20)]
+    answers = []
+    for args in (OFF_ARGS, (*SMALL_ARGS, "--page-size", "16")):
+        server = serve(*args)
+        server.post("/flush_cache", {}).raise_for_status()
+        answers.append([ask(server, [turn])[0] for turn in turns])
+    plain, cached = answers
+    assert [a.ids for a in cached] == [a.ids for a in plain]
+    assert [a.accepted for a in cached] == [a.accepted for a in plain]
+    assert all(a.cached > 0 for a in cached[1:])

@@ -1,0 +1,209 @@
+"""The depth controller as a pure function of what it is told."""
+
+import random
+
+import pytest
+
+from sglang_step35.speculative.adaptive import (
+    AdaptiveSettings,
+    Calibration,
+    DepthController,
+    StopRule,
+    best_depth,
+    expected_tokens,
+)
+from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.state import LastDrafts, LayerLag
+
+# Seconds of a round by depth: a verify step of 10 ms, 0.5 ms per extra token, 1 ms per MTP layer.
+COST = [0.010, 0.0115, 0.013, 0.0145]
+
+
+def test_expected_tokens_is_the_sum_of_chain_products():
+    assert expected_tokens([0.5, 0.5, 0.5], 3) == 1 + 0.5 + 0.25 + 0.125
+    assert expected_tokens([0.9], 0) == 1
+
+
+@pytest.mark.parametrize("acceptance, depth", [([0.9, 0.9, 0.9], 3), ([0.8, 0.1, 0.1], 1), ([0.02, 0.02, 0.02], 0)])
+def test_best_depth_has_the_most_tokens_per_second(acceptance, depth):
+    rates = [expected_tokens(acceptance, d) / COST[d] for d in range(4)]
+    assert best_depth(acceptance, COST, 3, gain=0) == rates.index(max(rates)) == depth
+
+
+def test_small_advantages_do_not_change_the_depth():
+    acceptance = [0.153, 0.0, 0.0]  # depth 1 gains 0.3 % over depth 0
+    assert best_depth(acceptance, COST, 0, gain=0) == 1
+    assert best_depth(acceptance, COST, 0, gain=0.02) == 0
+
+
+def test_a_pass_stops_where_its_next_layer_gives_less_than_rounds_give_on_average():
+    """Acceptance 0.8 each and 10 ms + 1.5 ms a draft: at best 2.952 tokens in 14.5 ms."""
+    controller = DepthController(AdaptiveSettings(max_depth=3))
+    assert controller.floors() == [0.0, 0.0]  # nothing measured yet
+    for depth, seconds in enumerate(COST):
+        for _ in range(4):
+            controller.observe_round(depth, seconds)
+    controller.acceptance = [0.8, 0.8, 0.8]
+    rate = (1 + 0.8 + 0.64 + 0.512) / 0.0145
+    assert controller.floors() == pytest.approx([rate * 0.0015 / 0.8] * 2)
+
+
+def test_the_stop_rule_multiplies_the_chances_of_the_drafts_so_far():
+    rule = StopRule(floors=[0.5, 0.5], table=[0.1, 0.4, 0.6, 0.9])  # bins of 0.25
+    assert not rule.stops([[0.6]])  # 0.6
+    assert rule.stops([[0.3]])  # 0.4
+    assert not rule.stops([[0.6], [1.0]])  # 0.6 * 0.9
+    assert rule.stops([[0.6], [0.7]])  # 0.6 * 0.6
+    assert not rule.stops([[0.3, 0.8]])  # a batch counts by its mean, (0.4 + 0.9) / 2
+    assert rule.stops([[0.3, 0.1, 0.8]])
+    assert rule.stops([[0.9], [0.9], [0.9]])  # no layer left
+
+
+def test_the_draft_log_keeps_what_each_row_drafted_last():
+    log = LastDrafts(pool_size=5)
+    log.note([1, 4], 2, [[0.5, 0.25], [0.75, 1.0]])
+    log.note([3], 3, [])
+    assert log.counts([4, 3, 1, 0]) == [2, 3, 2, 0]
+    assert log.confidences([4, 3, 1]) == [[0.25, 1.0], [], [0.5, 0.75]]
+
+
+def simulate(acceptance, rounds, seed=0, settings=AdaptiveSettings(max_depth=3), noise=0.3):
+    """Drive a controller against a known world; returns it and (tokens, seconds)."""
+    chance, controller = random.Random(seed), DepthController(settings)
+    tokens, seconds = 0, 0.0
+    for r in range(rounds):
+        rates = acceptance(r) if callable(acceptance) else acceptance
+        depth = controller.next_depth()
+        accepted = 0
+        while accepted < depth and chance.random() < rates[accepted]:
+            accepted += 1
+        spent = COST[depth] * (1 + noise * chance.expovariate(1))
+        controller.observe_round(depth, spent)
+        offered = [int(i < depth and i <= accepted) for i in range(3)]
+        controller.observe_acceptance(offered, [int(i < accepted) for i in range(3)])
+        tokens, seconds = tokens + accepted + 1, seconds + spent
+    return controller, tokens, seconds
+
+
+def throughput(acceptance, depth):
+    return expected_tokens(acceptance, depth) / COST[depth]
+
+
+@pytest.mark.parametrize("acceptance", [[0.9, 0.85, 0.8], [0.7, 0.3, 0.2], [0.4, 0.4, 0.4], [0.02, 0.02, 0.02]])
+def test_comes_close_to_the_best_fixed_depth(acceptance):
+    _, tokens, seconds = simulate(acceptance, 4000)
+    best = max(throughput(acceptance, d) for d in range(4)) / 1.3  # the noise's mean
+    assert tokens / seconds > 0.97 * best
+
+
+def test_follows_a_shifting_load():
+    def shifting(r):
+        return [0.02] * 3 if r < 1500 else [0.9] * 3
+
+    controller, _, _ = simulate(shifting, 1500)
+    assert controller.depth == 0
+    controller, _, _ = simulate(shifting, 4000)
+    assert controller.depth == 3
+
+
+def test_is_deterministic():
+    assert simulate([0.5] * 3, 500)[1:] == simulate([0.5] * 3, 500)[1:]
+
+
+def test_probes_grow_rarer_while_they_change_nothing():
+    controller, _, _ = simulate([0.0] * 3, 3000)
+    probes = 0
+    for _ in range(512):
+        depth = controller.next_depth()
+        probes += depth > 0
+        controller.observe_round(depth, COST[depth])
+        controller.observe_acceptance([int(depth > 0), 0, 0], [0, 0, 0])
+    assert 0 < probes <= 8
+
+
+def test_slow_rounds_do_not_change_the_cost():
+    controller, _, _ = simulate([0.9] * 3, 200, noise=0)
+    for _ in range(8):
+        controller.observe_round(3, 60.0)
+    assert controller.cost[3] == COST[3]
+
+
+def test_layer_lag_widens_the_next_pass_and_forces_it_in_time():
+    lag = LayerLag(pool_size=4, num_layers=3, capacity=32)
+    lag.begin([1, 2])
+    assert lag.rows_needed([1, 2], width=4, depth=3) == 6
+    lag.note([1], width=4, depth=1)
+    assert lag.rows_needed([1], width=4, depth=1) == 4
+    assert lag.rows_needed([1], width=4, depth=3) == 4 + 4 + 2
+    assert lag.rows_needed([1, 2], width=4, depth=3) == 10
+    rounds = 0
+    while not lag.must_catch_up([1], width=1, widest=4):
+        lag.note([1], width=1, depth=0)
+        rounds += 1
+    assert lag.rows_needed([1], width=1, depth=3) + 4 <= 32 and rounds > 15
+
+
+def test_planner_without_adaptation_always_drafts_everything():
+    planner = DepthPlanner(MTPSettings(num_steps=3))
+    planner.begin_round(("a",), [3], [[]])
+    planner.observe([0])
+    assert planner.next_depth(1) == 3
+    assert planner.stop_rule(1) is None
+
+
+def test_a_depth_that_cannot_be_measured_is_not_kept():
+    """Where every batch is new, no round is timed: drafting must not stay at a depth under trial."""
+    controller = DepthController(AdaptiveSettings(max_depth=3))
+    assert {controller.next_depth() for _ in range(100)} == {3}  # nothing is known
+    for depth in (3, 2, 1):
+        for _ in range(3):
+            controller.observe_round(depth, COST[depth])
+    controller.acceptance = [0.9] * 3
+    assert [controller.next_depth() for _ in range(14)].count(0) <= 12
+    depths = [controller.next_depth() for _ in range(1000)]
+    assert depths.count(3) > 900
+    assert controller.cost[1:] == COST[1:]
+
+
+def test_planner_times_rounds_without_new_requests_only():
+    now = [0.0]
+    planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), clock=lambda: now[0])
+
+    def round_of(rid, seconds):
+        planner.begin_round((rid,), [3], [[]])
+        now[0] += seconds
+
+    def pair(seconds):
+        planner.begin_round(("a", "b"), [3, 3], [[], []])
+        now[0] += seconds
+
+    pair(0.02)
+    for _ in range(4):
+        round_of("a", 0.02)  # b has finished
+    round_of("b", 5.0)
+    round_of("c", 5.0)
+    assert planner._controller(1).cost == [None, None, None, pytest.approx(0.02)]
+
+
+def test_calibration_learns_acceptance_not_confidence():
+    """Drafts with confidence 0.3 that are accepted 3 times of 4, and sure ones that never are."""
+    calibration = Calibration(bins=4)
+    assert calibration.table() == [0.9] * 4
+    for i in range(400):
+        calibration.observe(0.3, i % 4 != 0)
+        calibration.observe(1.0, False)
+    table = calibration.table()
+    assert table[1] == pytest.approx(0.75, abs=0.05)
+    assert table[3] < 0.05
+    assert table[0] == table[2] == 0.9
+
+
+def test_planner_calibrates_from_the_drafts_verification_reached():
+    planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True))
+    for _ in range(100):
+        planner.begin_round(("a",), [3], [[0.9, 0.6, 0.1]])
+        planner.observe([1])
+    table = planner.calibration.table()
+    assert table[7] > 0.95 and table[4] < 0.1  # the first draft accepted, the second not
+    assert table[0] == 0.9  # the third was never reached
