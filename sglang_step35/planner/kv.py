@@ -46,6 +46,11 @@ class KVLayout:
         return self.mtp_layers / (self.sliding_layers + self.mtp_layers)
 
     @property
+    def window(self) -> int:
+        """Keys of a sliding layer, the query's own among them."""
+        return self.earlier_keys + 1
+
+    @property
     def retained(self) -> int:
         """Earlier tokens whose sliding slots are kept: the worker's `draft_swa_window` under MTP, else the window's.
 
@@ -55,7 +60,7 @@ class KVLayout:
 
     def request_bytes(self, tokens: int, chunk: int = 0) -> int:
         """KV of one request of `tokens` tokens at most: the sliding layers keep a window and the chunk in flight."""
-        return tokens * self.full_cell + min(tokens, self.earlier_keys + 1 + chunk) * self.sliding_cell
+        return tokens * self.full_cell + min(tokens, self.window + chunk) * self.sliding_cell
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,11 @@ class MTPSettings:
         return 1 << (needed - 1).bit_length()
 
     def retained(self, earlier_keys: int) -> int:
-        """Tokens behind a request's committed length that its sliding and MTP layers may still read."""
-        return earlier_keys + self.ring_capacity
+        """Tokens before a request's committed length that its sliding and MTP layers may still read.
+
+        A pass begins S - 1 positions before it, and where rounds may skip layers, as far back as the rings reach.
+        """
+        return earlier_keys + (self.ring_capacity if self.adaptive else self.num_steps)
 
 
 def check_settings(*, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int, attention_dp: int) -> None:
