@@ -1,4 +1,4 @@
-"""The house itself: imports form no circle, tests mirror the package, nothing edits `sys.path`, packages are declared."""
+"""The house itself: no import circles, tests that mirror the package, no edits of `sys.path`, declared packages."""
 
 import ast
 import re

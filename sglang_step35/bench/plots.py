@@ -82,7 +82,7 @@ def positions(runs: Sequence[Run]) -> bytes | None:
         for i, run in enumerate(runs):
             cells = [c for c in run.cells if c.workload == name and c.acceptance]
             if cells:
-                shares = min(cells, key=lambda c: c.concurrency).acceptance
+                shares = min(cells, key=lambda c: c.concurrency).acceptance or []
                 axes.plot(range(1, len(shares) + 1), shares, "o-", color=COLORS[i % len(COLORS)])
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("draft position", fontsize=8)

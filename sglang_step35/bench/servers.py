@@ -128,7 +128,7 @@ class ServerPool:
 
     def get(self, *args: str, **env: str) -> Server:
         """The server with these arguments and, beyond ours, SGLang environment variables."""
-        key = (*args, *sorted(env.items()))
+        key = (*args, *(f"{name}={value}" for name, value in sorted(env.items())))
         if key in self.failed:
             raise ServerFailed(self.failed[key])
         server = self.running.pop(key, None)

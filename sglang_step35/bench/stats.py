@@ -76,16 +76,15 @@ def spread(seconds: Sequence[float]) -> Spread | None:
 
 def time_per_token(result: Result) -> float | None:
     """Seconds for each token after the first; None for an answer of one token."""
-    if result.tokens < 2:
+    if result.tokens < 2 or result.latency is None or result.ttft is None:
         return None
     return (result.latency - result.ttft) / (result.tokens - 1)
 
 
 def accept_length(results: Sequence[Result]) -> float | None:
     """Tokens a verification round yields: its accepted drafts and the target's own token."""
-    told = [r for r in results if r.rounds]
-    rounds = sum(r.rounds for r in told)
-    return 1 + sum(r.accepted for r in told) / rounds if rounds else None
+    rounds = sum(r.rounds or 0 for r in results)
+    return 1 + sum(r.accepted or 0 for r in results if r.rounds) / rounds if rounds else None
 
 
 def acceptance(results: Sequence[Result]) -> list[float] | None:
@@ -99,7 +98,8 @@ def acceptance(results: Sequence[Result]) -> list[float] | None:
 
 def cache_hit_rate(results: Sequence[Result]) -> float | None:
     told = [r for r in results if r.cached_tokens is not None and r.prompt_tokens]
-    return sum(r.cached_tokens for r in told) / sum(r.prompt_tokens for r in told) if told else None
+    prompts = sum(r.prompt_tokens or 0 for r in told)
+    return sum(r.cached_tokens or 0 for r in told) / prompts if told else None
 
 
 def summarize(
@@ -118,9 +118,9 @@ def summarize(
         tokens=tokens,
         tokens_counted=all(r.tokens_counted for r in good),
         tokens_per_second=round(tokens / seconds, 2),
-        ttft=spread([r.ttft for r in good]),
+        ttft=spread([r.ttft for r in good if r.ttft is not None]),
         tpot=spread([t for t in map(time_per_token, good) if t is not None]),
-        latency=spread([r.latency for r in good]),
+        latency=spread([r.latency for r in good if r.latency is not None]),
         accept_length=_rounded(_first(accept_length(good), metrics.accept_length(change))),
         acceptance=[round(share, 3) for share in positions] if positions else None,
         cache_hit_rate=_rounded(_first(cache_hit_rate(good), metrics.cache_hit_rate(change))),

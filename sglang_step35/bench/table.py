@@ -29,8 +29,8 @@ def table(runs: Sequence[Run]) -> str:
             lines.append(
                 f"{workload:9}{cell.concurrency:8}  {run.label:12}{number(cell.tokens_per_second):>9}"
                 f"{number(ratio(cell, bases.get(cell.concurrency)), 2):>7}"
-                f"{number(ttft and ttft.p50):>10}{number(ttft and ttft.p95):>9}"
-                f"{number(tpot and tpot.p50, 2):>10}{number(tpot and tpot.p95, 2):>8}"
+                f"{number(ttft.p50 if ttft else None):>10}{number(ttft.p95 if ttft else None):>9}"
+                f"{number(tpot.p50 if tpot else None, 2):>10}{number(tpot.p95 if tpot else None, 2):>8}"
                 f"{number(cell.accept_length, 2):>8}{number(cell.cache_hit_rate, 2):>6}{cell.failed:5}"
                 f"  {' '.join(f'{share:.2f}' for share in cell.acceptance or ())}"
             )

@@ -128,7 +128,7 @@ def weight_shapes(spec: ModelSpec, layer: LayerSpec) -> dict[str, tuple[int, ...
         **dict.fromkeys(COPIES, (spec.vocab_size, hidden)),
     }
     if layer.moe is None:
-        return shapes | _swiglu_shapes("mlp", layer.dense_size, hidden)
+        return shapes | _swiglu_shapes("mlp", layer.dense_size or 0, hidden)
     experts = layer.moe.num_experts
     routed = _swiglu_shapes("moe", layer.moe.expert_size, hidden)
     return (

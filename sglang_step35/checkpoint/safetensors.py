@@ -34,7 +34,7 @@ class SafetensorsFiles(CheckpointFiles):
         if holding:
             return f"{name} (in {' and '.join(holding)})"
         if name in self.listed:
-            there = (self.folder / self.listed[name]).is_file()
+            there = self._listed(name).is_file()
             return f"{name} (listed in {self.listed[name]}, which {'lacks it' if there else 'is missing'})"
         return name
 
@@ -44,25 +44,26 @@ class SafetensorsFiles(CheckpointFiles):
 
     def dtype(self, name: str) -> str | None:
         """The tensor's dtype as safetensors writes it ("BF16", "F8_E4M3"); None if not found."""
-        listed = self.listed.get(name)
-        for file in [self.folder / listed] if listed else self._files():
+        for file in [self._listed(name)] if name in self.listed else self._files():
             if file.is_file() and name in (header := _names(file)):
                 return header[name]["dtype"]
         return None
 
     def damaged(self) -> list[str]:
         """One sentence for each damaged or missing file."""
-        found = [
-            f"{self.folder / name} is missing"
-            for name in sorted(set(self.listed.values()))
-            if not (self.folder / name).is_file()
-        ]
+        listed = sorted({self._listed(name) for name in self.listed})
+        found = [f"{file} is missing" for file in listed if not file.is_file()]
         for file in self._files():
             try:
                 read_header(file)
             except DamagedFile as error:
                 found.append(str(error))
         return found
+
+    def _listed(self, name: str) -> Path:
+        """Where the index says the tensor lies; only a folder has an index."""
+        assert self.folder is not None
+        return self.folder / self.listed[name]
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.safetensors")) if self.folder else []

@@ -128,7 +128,7 @@ def check_machine() -> list[Finding]:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
     found = [Finding("machine", machine)]
     if plugin.activate_platform() is not None:
-        devices = ()
+        devices: tuple[Device, ...] = ()
         text = f"portable CPU platform ({ATTENTION_BACKEND} attention, no GPU needed)"
     else:
         devices = cuda_devices()

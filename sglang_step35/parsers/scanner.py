@@ -153,6 +153,7 @@ class ToolCallScanner:
 
     def _value(self, final: bool):
         parameter = self._parameter
+        assert parameter is not None  # `_parameter_start` leads here
         # Partial also at the end: a value cut within its closing tag is given without it.
         match = parameter.end.search(self._buffer, parameter.searched, partial=True)
         closed = match is not None and not match.partial
@@ -209,7 +210,7 @@ class ToolCallScanner:
         return _LAYOUT_AFTER_CALL if self._calls else _LAYOUT
 
     def _emit_layout(self) -> None:
-        text, self._layout = self._layout, None
+        text, self._layout = self._layout or "", None
         self._emit("text", _LATE_THINK_END.sub("", text) if self._calls else text)
 
 

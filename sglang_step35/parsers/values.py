@@ -8,6 +8,7 @@ import ast
 import json
 import math
 import re
+from typing import Any
 
 Kinds = tuple[str, ...]
 
@@ -102,7 +103,7 @@ def _properties(schema: object, root: object, depth: int) -> dict:
         return {}
     if isinstance(schema.get("properties"), dict):
         return schema["properties"]
-    merged = {}
+    merged: dict[str, Any] = {}
     for branch in _branches(schema):
         merged = _properties(branch, root, depth + 1) | merged
     return merged

@@ -1,6 +1,8 @@
 """A plan as text for people and as one JSON object for programs."""
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 from sglang_step35.planner import GIB, MIB
@@ -48,7 +50,7 @@ def text(plan: Plan, model: str | None = None) -> str:
     """The whole report."""
     sections = [_head(plan), _weights(plan, published=model is None), _kv(plan), _memory(plan)]
     if plan.best:
-        sections.append(_capacity(plan))
+        sections.append(_capacity(plan, plan.best))
     sections.append(_verdict(plan, model))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -125,24 +127,24 @@ def _memory(plan: Plan) -> list[str]:
     return [*lines, note] if note else lines
 
 
-def _capacity(plan: Plan) -> list[str]:
-    best, stock = plan.best, plan.stock
+def _capacity(plan: Plan, best: Setup) -> list[str]:
+    """What the advised setup holds, and beside it SGLang's own where that starts."""
+    stock = plan.stock
     heads = f"  {'':<34}{f'ratio {best.swa_ratio:g}':>12}"
     if stock:
         heads += f"{f'ratio {DEFAULT_SWA_RATIO:g} (default)':>22}"
     lines = ["pools: tokens for full layers and for sliding ones, by --swa-full-tokens-ratio", heads]
-    for name in ("full_tokens", "sliding_tokens"):
-        lines.append(_pair(name.replace("_", " "), *(s and getattr(s.pools, name) for s in (best, stock))))
-    cached = (s and cached_prompts(s.pools, s.slots, s.running) for s in (best, stock))
-    lines.append(_pair(f"cached prompts beside {best.running}", *cached))
+
+    def row(name: str, count: Callable[[Setup], int]) -> str:
+        return f"  {name:<34}{count(best):>12}" + ("" if stock is None else f"{count(stock):>22}")
+
+    lines.append(row("full tokens", lambda s: s.pools.full_tokens))
+    lines.append(row("sliding tokens", lambda s: s.pools.sliding_tokens))
+    lines.append(row(f"cached prompts beside {best.running}", lambda s: cached_prompts(s.pools, s.slots, s.running)))
     lines.append(f"  requests at once (at most {best.running})")
     for tokens in sorted({t for t in (*CONTEXTS, plan.context) if t <= plan.spec.max_position}):
-        lines.append(_pair(f"  of {tokens} tokens", *(s and s.concurrency(tokens) for s in (best, stock))))
+        lines.append(row(f"  of {tokens} tokens", partial(Setup.concurrency, tokens=tokens)))
     return lines
-
-
-def _pair(name: str, best: int, stock: int | None) -> str:
-    return f"  {name:<34}{best:>12}" + ("" if stock is None else f"{stock:>22}")
 
 
 def _verdict(plan: Plan, model: str | None) -> list[str]:

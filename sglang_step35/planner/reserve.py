@@ -47,7 +47,7 @@ def sglang_default(memory_mib: float, tp: int, max_running_requests: int | None 
     return Reserve(_fraction(memory_mib, mib), mib, chunk, batch)
 
 
-def tight(memory_mib: float, tp: int, max_running_requests: int) -> Reserve:
+def tight(memory_mib: float, tp: int, max_running_requests: int | None) -> Reserve:
     """The same formula without the 10 GiB floor, for small chunks and few requests."""
     _, batch = _defaults(memory_mib, tp, max_running_requests)
     mib = _reserved(TIGHT_CHUNK, batch, tp)

@@ -133,10 +133,10 @@ def tensors(spec: ModelSpec) -> Iterator[Tensor]:
 def _layer(layer: LayerSpec, hidden: int) -> Iterator[Tensor]:
     yield Tensor("norms", 2, hidden, REPLICATED)  # input_layernorm, post_attention_layernorm
     yield from _attention(layer.attention, hidden)
-    if layer.moe is None:
-        yield Tensor("dense", 3 * layer.dense_size, hidden, layer.dense_size)  # gate, up, down
-    else:
+    if layer.moe is not None:
         yield from _experts(layer.moe, hidden)
+    elif layer.dense_size is not None:
+        yield Tensor("dense", 3 * layer.dense_size, hidden, layer.dense_size)  # gate, up, down
 
 
 def _attention(attention: AttentionSpec, hidden: int) -> Iterator[Tensor]:

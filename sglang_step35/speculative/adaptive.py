@@ -178,7 +178,7 @@ class DepthController:
             return self.next_depth()
         self._unmeasured = 0
         before = self.depth
-        self.depth = best_depth(self.acceptance, self.cost, before, self.settings.gain)
+        self.depth = best_depth(self.acceptance, self._costs(), before, self.settings.gain)
         if self.depth != before:
             self._wait = self.settings.probe_every
         self._rounds += 1
@@ -186,13 +186,17 @@ class DepthController:
 
     def floors(self) -> list[float]:
         """`StopRule.floors`; 0, which never stops, until every depth was measured."""
-        cost, depths = self.cost, range(1, self.settings.max_depth)
-        if None in cost:
+        cost, depths = self._costs(), range(1, self.settings.max_depth)
+        if len(cost) < len(self.cost):
             return [0.0] * len(depths)
         best = max(expected_tokens(self.acceptance, d) / cost[d] for d in range(len(cost)))
         extra = [max(0.0, cost[d + 1] - cost[d]) for d in depths]
         hopes = [max(self.acceptance[d], _RARELY) for d in depths]
         return [best * seconds / hope for seconds, hope in zip(extra, hopes, strict=True)]
+
+    def _costs(self) -> list[float]:
+        """The measured costs: all depths' unless one is under trial."""
+        return [seconds for seconds in self.cost if seconds is not None]
 
     def _probe(self) -> int:
         """Forget what another depth cost, so that the next rounds measure it; returns it."""

@@ -92,7 +92,11 @@ def extend_rows(
     """
     device = req_to_token.device
     counts = [end - start for start, end in zip(starts, ends, strict=True)]
-    positions, base, line, draft_at, owner = [], [], [], [], []
+    positions: list[int] = []
+    base: list[int] = []
+    line: list[int] = []
+    draft_at: list[int] = []
+    owner: list[int] = []
     for b, (start, end, known) in enumerate(zip(starts, ends, lines, strict=True)):
         count, offset = end - start, len(line)
         positions.extend(range(start, end))

@@ -83,7 +83,9 @@ class PrefillPass:
     def remember(self, rows: MTPPassInput, hidden: Tensor) -> None:
         """Note this prefill in the store, and put the last C positions of every request into the rings."""
         self.store.begin_prefill(self.pool_idx, self.rids, self.firsts, self.ends)
-        owners, picks, positions = [], [], []
+        owners: list[int] = []
+        picks: list[int] = []
+        positions: list[int] = []
         offset = 0
         for index, start, end in zip(self.pool_idx, self.starts, self.ends, strict=True):
             first = max(start, end - self.rings.capacity)
