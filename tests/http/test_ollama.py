@@ -7,8 +7,19 @@ from types import SimpleNamespace
 import ollama
 import pytest
 from sglang.srt.entrypoints.openai.protocol import CompletionResponse
-from tests.http.fakes import DONE, MODEL, USAGE, Chat, answer, call_part, chunk, event, read
-from tests.http.fakes import tokenizer_manager, usage_chunk
+from tests.http.fakes import (
+    DONE,
+    MODEL,
+    USAGE,
+    Chat,
+    answer,
+    call_part,
+    chunk,
+    event,
+    read,
+    tokenizer_manager,
+    usage_chunk,
+)
 
 from sglang_step35.http.ollama import Step35OllamaServing
 from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
@@ -56,8 +67,8 @@ def calls_of(message) -> list[tuple]:
 
 
 def test_every_chunk_is_a_line_with_thinking_apart():
-    chunks = [*THINKING, chunk(content="Fünf "), chunk(content="Meter, 五."), chunk(finish="stop"), usage_chunk(), DONE]
-    found = streamed(chunks)
+    text = [chunk(content="Fünf "), chunk(content="Meter, 五.")]
+    found = streamed([*THINKING, *text, chunk(finish="stop"), usage_chunk(), DONE])
     assert [(part.message.thinking, part.message.content) for part in found] == [
         ("Ich denke", ""), (" nach.", ""), (None, "Fünf "), (None, "Meter, 五."), (None, ""),
     ]  # fmt: skip
