@@ -102,6 +102,11 @@ def test_an_error_at_the_start_of_a_stream_is_an_error_response(path, opening):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_nothing_of_a_stream_follows_its_error_response():
+    messages = sent(answering(REFUSAL, chunk(content="a"), REFUSAL, DONE))
+    assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
+
+
 def test_an_error_split_over_two_pieces_is_still_one():
     response = post(answering(REFUSAL[:30], REFUSAL[30:], DONE))
     assert response.status_code == 400 and response.json()["error"]["message"] == "top_p is wrong"
