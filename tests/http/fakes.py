@@ -1,5 +1,7 @@
 """Stand-ins for the chat endpoint and what surrounds it: they answer what a test tells them to."""
 
+import asyncio
+import copy
 import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -87,7 +89,8 @@ class Chat:
         return SimpleNamespace(received_time=0.0), request
 
     async def _handle_non_streaming_request(self, *request):
-        return self.reply
+        await asyncio.sleep(0)  # others run meanwhile
+        return copy.deepcopy(self.reply)
 
     async def _generate_chat_stream(self, *request) -> AsyncIterator[str]:
         for item in self.reply:

@@ -166,13 +166,15 @@ def test_other_models_can_disable_thinking():
     assert chat.reasoning == [False] and content[0] == {"type": "thinking", "thinking": "Hm."}
 
 
-def test_one_request_does_not_hide_the_thinking_of_the_next():
-    serving = Step35AnthropicServing(Chat(None))
-    for thinking, kinds in ((DISABLED, ["text"]), (None, ["thinking", "text"])):
-        serving.openai_serving_chat.reply = answer(reasoning_content="Hm.", content="Ja")
-        request = MessagesRequest.model_validate(BODY | {"thinking": thinking})
-        body = json.loads(asyncio.run(serving.handle_messages(request, SimpleNamespace())).body)
-        assert [block["type"] for block in body["content"]] == kinds
+def test_requests_at_the_same_time_do_not_hide_each_others_thinking():
+    serving = Step35AnthropicServing(Chat(answer(reasoning_content="Hm.", content="Ja")))
+    requests = [MessagesRequest.model_validate(BODY | {"thinking": thinking}) for thinking in (DISABLED, None)]
+
+    async def both() -> list:
+        return await asyncio.gather(*(serving.handle_messages(request, SimpleNamespace()) for request in requests))
+
+    contents = [json.loads(response.body)["content"] for response in asyncio.run(both())]
+    assert [[block["type"] for block in content] for content in contents] == [["text"], ["thinking", "text"]]
 
 
 @pytest.mark.parametrize("stop", ["\n\n", '"', "終", "End of text", "\\"])
