@@ -20,9 +20,7 @@ def tokenizer_manager(architecture: str = "Step3p5ForCausalLM") -> SimpleNamespa
     """The parts of SGLang's TokenizerManager that http/ reads."""
     hf_config = SimpleNamespace(architectures=[architecture])
     return SimpleNamespace(
-        model_config=SimpleNamespace(
-            vocab_size=VOCABULARY, hf_config=hf_config, is_multimodal=False, context_len=4096
-        ),
+        model_config=SimpleNamespace(vocab_size=VOCABULARY, hf_config=hf_config, is_multimodal=False, context_len=4096),
         sampling_params_class=SamplingParams,
         served_model_name=MODEL,
         create_abort_task=lambda request: None,

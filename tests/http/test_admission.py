@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
-from tests.http.fakes import VOCABULARY, tokenizer_manager
 
 from sglang_step35.http.admission import REFUSED, admit, generate
+from tests.http.fakes import VOCABULARY, tokenizer_manager
 
 MANAGER = tokenizer_manager()
 LAST = VOCABULARY - 1

@@ -8,9 +8,9 @@ import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter, ValidationError
-from tests.http.fakes import DONE, MODEL, Chat, answer, call_part, chunk, event, read, usage_chunk
 
 from sglang_step35.http.anthropic import CountTokensRequest, MessagesRequest, Step35AnthropicServing
+from tests.http.fakes import DONE, MODEL, Chat, answer, call_part, chunk, event, read, usage_chunk
 
 BODY = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Größe?"}]}
 DISABLED = {"type": "disabled"}

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 from starlette.testclient import TestClient
-from tests.http.fakes import DONE, chunk, event
 
 from sglang_step35.http.admission import REFUSED
 from sglang_step35.http.middleware import ErrorFormat
+from tests.http.fakes import DONE, chunk, event
 
 CHAT, CLAUDE, OLLAMA, RESPONSES = "/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/responses"
 SSE, LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"

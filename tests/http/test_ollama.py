@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import ollama
 import pytest
 from sglang.srt.entrypoints.openai.protocol import CompletionResponse
+
+from sglang_step35.http.ollama import Step35OllamaServing
+from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
 from tests.http.fakes import (
     DONE,
     MODEL,
@@ -20,9 +23,6 @@ from tests.http.fakes import (
     tokenizer_manager,
     usage_chunk,
 )
-
-from sglang_step35.http.ollama import Step35OllamaServing
-from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
 
 USER = {"role": "user", "content": "Größe?"}
 OPENING = chunk(role="assistant", content="", reasoning_content=None)
