@@ -71,10 +71,12 @@ FIXED_FIELDS: dict[str, tuple[Any, str]] = {
     "mlp_bias": (False, "the projections have no bias; a checkpoint with biases is another model"),
 }
 
-# Fields of the published file, and of StepFun's config class, that say nothing this plug-in needs to know.
+# Fields of the published file, and of StepFun's config class, that say nothing this plug-in needs to know. SGLang takes
+# the default context length from the `max_seq_len` of its list, or from one of the other names for it.
 IGNORED_FIELDS = frozenset(
     """
-    auto_map max_seq_len moe_every_n_layer moe_layer_offset moe_dynamic_exp_p initializer_range use_cache
+    max_seq_len max_sequence_length model_max_length seq_length
+    auto_map moe_every_n_layer moe_layer_offset moe_dynamic_exp_p initializer_range use_cache
     attention_dropout
     """.split()
 )
@@ -95,7 +97,7 @@ GENERIC_FIELDS = frozenset(
     """.split()
 )
 
-# What is in none of the tables is refused: a misspelt field would otherwise be silently ignored.
+# `config_unknown` decides what becomes of the rest.
 KNOWN_FIELDS = READ_FIELDS | FIXED_FIELDS.keys() | IGNORED_FIELDS | GENERIC_FIELDS
 
 _REQUIRED = object()  # default of the helpers below: the field must be there
@@ -144,7 +146,10 @@ class Fields:
         return value
 
     def table(self, name: str, known: Iterable[str]) -> "Fields | None":
-        """A nested mapping with `known` keys only, or None when absent."""
+        """A nested mapping with `known` keys only, or None when absent.
+
+        A key too many is refused here: a stamp goes to the top level, inside a table every key has a meaning.
+        """
         value = self.raw(name, None)
         if value is None:
             return None
@@ -205,13 +210,17 @@ class Fields:
         """Refuse every value of `table`'s fields but the supported one."""
         for name, (supported, why) in table.items():
             if self.raw(name, supported) != supported or type(self.raw(name, supported)) is not type(supported):
-                raise self.fail(name, f"only {supported!r} is supported; {why}")
+                wanted = "remove it" if supported is None else f"only {supported!r} is supported"
+                raise self.fail(name, f"{wanted}; {why}")
+
+    def unknown(self, known: Iterable[str]) -> list[str]:
+        """Keys outside `known`; names starting with an underscore are transformers' own."""
+        known = set(known)
+        return [str(key) for key in self._values if key not in known and not str(key).startswith("_")]
 
     def reject_unknown(self, known: Iterable[str]) -> None:
-        """Refuse keys outside `known`; names starting with an underscore are transformers' own."""
-        known = set(known)
-        for key in self._values:
-            if key not in known and not str(key).startswith("_"):
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "remove it, or use a checkpoint of this architecture"
-                raise ConfigError(f"config field {self._prefix}{key} is unknown: {hint}")
+        """Refuse keys outside `known`."""
+        for key in self.unknown(known):
+            near = difflib.get_close_matches(key, set(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it, or use a checkpoint of this architecture"
+            raise ConfigError(f"config field {self._prefix}{key} is unknown: {hint}")

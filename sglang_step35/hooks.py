@@ -16,6 +16,7 @@ _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
+_PADDING = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -125,6 +126,7 @@ def _hooks() -> list[Hook]:
 
         from sglang_step35.platform.seeds import hash32, keep_seeds
         from sglang_step35.platform.slots import assign_req_to_token
+        from sglang_step35.platform.widths import keep_widths
 
         # Triton kernels without a platform method.
         hooks += [
@@ -133,6 +135,8 @@ def _hooks() -> list[Hook]:
             # SGLang honours seeds only with batch-invariant kernels, which need CUDA.
             Hook(f"{_SAMPLING}.adjusted_from_schedule_batch", "after", keep_seeds),
             Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32),
+            # ModelRunner pads the config's widths on every CPU, without asking the platform.
+            Hook(_PADDING, "around", keep_widths),
         ]
     else:
         # Out-of-tree platforms name their worker themselves.

@@ -21,6 +21,7 @@ from sglang_step35.model.decoder import DecoderLayer, stages
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.weights import load_backbone, refresh
+from sglang_step35.model.widths import check_ranks
 
 # SGLang's fused linear layers and the checkpoint's names for their parts.
 PACKED_MODULES = {
@@ -121,6 +122,7 @@ class Step3p5ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.spec = parse_config(config)
+        check_ranks(self.spec)
         self.quant_config = quant_config
         self.pp_group = get_parallel().pp_group
         self.model = Step3p5Model(self.spec, quant_config, add_prefix("model", prefix))
