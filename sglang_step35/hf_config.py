@@ -44,7 +44,8 @@ class Step35HFConfig(PretrainedConfig):
         if fields:
             parse_config(fields)
         for name in fields.keys() - MEANINGFUL:
-            if hasattr(type(self), name):  # a method or property that the value would hide
+            ours = None if name.startswith("_") else getattr(type(self), name, None)
+            if callable(ours) or isinstance(ours, property):  # the value would hide it, or could not be set
                 raise ConfigError(f"config field {name} is unknown, and the config class uses the name: remove it")
         # SGLang looks for a null `text_config` and its like with hasattr.
         fields = {name: value for name, value in fields.items() if name not in FOREIGN_FIELDS or value is not None}

@@ -60,9 +60,10 @@ def test_the_warning_says_what_may_be_meant(warnings, name, meant):
 
 @pytest.mark.parametrize(
     "name",
-    """unk_token_id mask_token_id eos_token model_name peft_config training_args sft_stage train_batch_size pretraining_tp
-    router_aux_loss_coef output_router_logits original_max_position_embeddings padded_vocab_size text_vocab_size
-    vocab_file need_fp32_lm_head classifier_dropout moe_token_dispatcher_type hidden_dropout_prob""".split(),
+    """unk_token_id mask_token_id eos_token model_name peft_config training_args sft_stage train_batch_size
+    pretraining_tp router_aux_loss_coef output_router_logits original_max_position_embeddings padded_vocab_size
+    text_vocab_size vocab_file need_fp32_lm_head classifier_dropout moe_token_dispatcher_type
+    hidden_dropout_prob""".split(),
 )
 def test_names_that_only_resemble_a_field_are_served(warnings, name):
     assert parse_config(edited(**{name: 1})) == parse_config(published())
@@ -166,6 +167,11 @@ def test_stamps_survive_as_attributes_and_in_saved_files(warnings, tmp_path):
 def test_a_stamp_may_not_hide_the_config_class(warnings, name):
     with pytest.raises(ConfigError, match=f"^config field {name} is unknown, and the config class uses the name"):
         Step35HFConfig(**edited(**{name: 128}))
+
+
+def test_transformers_own_marks_are_passed_on(warnings):
+    marks = {"_attn_implementation_autoset": True, "_attn_implementation": "eager", "_name_or_path": "x"}
+    assert Step35HFConfig(**edited(**marks)).spec() == parse_config(published()) and warnings == []
 
 
 def test_null_settings_do_not_reach_sglang(warnings):
