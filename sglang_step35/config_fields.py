@@ -18,6 +18,7 @@ class FrozenFields(Mapping):
     """A small read-only, hashable, picklable mapping; `dict(fields)` gives a copy to hand to other libraries."""
 
     __slots__ = ("_items",)
+    _items: tuple[tuple[str, Any], ...]
 
     def __init__(self, fields: Mapping[str, Any]):
         object.__setattr__(self, "_items", tuple(sorted(fields.items())))
@@ -49,44 +50,15 @@ class FrozenFields(Mapping):
 
 # Fields `parse_config` reads.
 READ_FIELDS = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "vocab_size",
-        "num_attention_heads",
-        "num_attention_groups",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "tie_word_embeddings",
-        "layer_types",
-        "sliding_window",
-        "attention_other_setting",
-        "use_head_wise_attn_gate",
-        "rope_theta",
-        "rope_scaling",
-        "yarn_only_types",
-        "partial_rotary_factors",
-        "use_rope_layers",
-        "use_moe",
-        "moe_layers_enum",
-        "moe_num_experts",
-        "moe_top_k",
-        "moe_intermediate_size",
-        "share_expert_dim",
-        "norm_expert_weight",
-        "moe_router_activation",
-        "moe_router_scaling_factor",
-        "use_moe_router_bias",
-        "need_fp32_gate",
-        "swiglu_limits",
-        "swiglu_limits_shared",
-        "num_nextn_predict_layers",
-    ]
+    """
+    hidden_size intermediate_size num_hidden_layers vocab_size num_attention_heads num_attention_groups head_dim
+    rms_norm_eps max_position_embeddings bos_token_id eos_token_id pad_token_id tie_word_embeddings
+    layer_types sliding_window attention_other_setting use_head_wise_attn_gate
+    rope_theta rope_scaling yarn_only_types partial_rotary_factors use_rope_layers
+    use_moe moe_layers_enum moe_num_experts moe_top_k moe_intermediate_size share_expert_dim norm_expert_weight
+    moe_router_activation moe_router_scaling_factor use_moe_router_bias need_fp32_gate
+    swiglu_limits swiglu_limits_shared num_nextn_predict_layers
+    """.split()
 )
 
 # Fields that only have one supported value: (value, why another one is refused). Absent means the value given here.
@@ -100,85 +72,33 @@ FIXED_FIELDS: dict[str, tuple[Any, str]] = {
     "mlp_bias": (False, "the projections have no bias; a checkpoint with biases is another model"),
 }
 
-# Fields of the published file, and of StepFun's config class, that say nothing this plug-in needs to know.
+# Fields of the published file, and of StepFun's config class, that say nothing this plug-in needs to know. SGLang takes
+# the default context length from the `max_seq_len` of its list, or from one of the other names for it.
 IGNORED_FIELDS = frozenset(
-    [
-        "auto_map",
-        "max_seq_len",
-        "moe_every_n_layer",
-        "moe_layer_offset",
-        "moe_dynamic_exp_p",
-        "initializer_range",
-        "use_cache",
-        "attention_dropout",
-    ]
+    """
+    max_seq_len max_sequence_length model_max_length seq_length
+    auto_map moe_every_n_layer moe_layer_offset moe_dynamic_exp_p initializer_range use_cache
+    attention_dropout
+    """.split()
 )
 
 # Fields any transformers config.json may carry.
 GENERIC_FIELDS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "quantization_config",
-        "compression_config",
-        "name_or_path",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "torchscript",
-        "use_bfloat16",
-        "pruned_heads",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "is_decoder",
-        "cross_attention_hidden_size",
-        "add_cross_attention",
-        "tie_encoder_decoder",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "tokenizer_class",
-        "prefix",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "task_specific_params",
-        "attn_implementation",
-        "experts_implementation",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "tf_legacy_loss",
-    ]
+    """
+    architectures model_type dtype torch_dtype transformers_version quantization_config compression_config
+    name_or_path return_dict output_hidden_states output_attentions torchscript use_bfloat16 pruned_heads
+    chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
+    tie_encoder_decoder finetuning_task id2label label2id num_labels problem_type tokenizer_class prefix
+    sep_token_id decoder_start_token_id task_specific_params attn_implementation experts_implementation
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tf_legacy_loss
+    """.split()
 )
 
-# What is in none of the tables is refused: a misspelt field would otherwise be silently ignored.
+# `config_unknown` decides what becomes of the rest.
 KNOWN_FIELDS = READ_FIELDS | FIXED_FIELDS.keys() | IGNORED_FIELDS | GENERIC_FIELDS
 
 _REQUIRED = object()  # default of the helpers below: the field must be there
@@ -227,7 +147,10 @@ class Fields:
         return value
 
     def table(self, name: str, known: Iterable[str]) -> "Fields | None":
-        """A nested mapping with `known` keys only, or None when absent."""
+        """A nested mapping with `known` keys only, or None when absent.
+
+        A key too many is refused here: a stamp goes to the top level, inside a table every key has a meaning.
+        """
         value = self.raw(name, None)
         if value is None:
             return None
@@ -268,7 +191,7 @@ class Fields:
 
     def per_layer_numbers(
         self, name: str, count: int, valid: Callable[[float], bool], expected: str, **options: Any
-    ) -> tuple[float | None, ...]:
+    ) -> tuple[Any, ...]:
         """`per_layer` for numbers; entries that are null stay None where `default` is None."""
         entries = self.per_layer(name, count, **options)
         optional = options.get("default", _REQUIRED) is None
@@ -288,13 +211,17 @@ class Fields:
         """Refuse every value of `table`'s fields but the supported one."""
         for name, (supported, why) in table.items():
             if self.raw(name, supported) != supported or type(self.raw(name, supported)) is not type(supported):
-                raise self.fail(name, f"only {supported!r} is supported; {why}")
+                wanted = "remove it" if supported is None else f"only {supported!r} is supported"
+                raise self.fail(name, f"{wanted}; {why}")
+
+    def unknown(self, known: Iterable[str]) -> list[str]:
+        """Keys outside `known`; names starting with an underscore are transformers' own."""
+        known = set(known)
+        return [str(key) for key in self._values if key not in known and not str(key).startswith("_")]
 
     def reject_unknown(self, known: Iterable[str]) -> None:
-        """Refuse keys outside `known`; names starting with an underscore are transformers' own."""
-        known = set(known)
-        for key in self._values:
-            if key not in known and not str(key).startswith("_"):
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "remove it, or use a checkpoint of this architecture"
-                raise ConfigError(f"config field {self._prefix}{key} is unknown: {hint}")
+        """Refuse keys outside `known`."""
+        for key in self.unknown(known):
+            near = difflib.get_close_matches(key, set(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it, or use a checkpoint of this architecture"
+            raise ConfigError(f"config field {self._prefix}{key} is unknown: {hint}")

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from sglang_step35.config import FULL, SLIDING, ModelSpec, parse_config
-from sglang_step35.config_fields import FIXED_FIELDS, IGNORED_FIELDS, READ_FIELDS
+from sglang_step35.config_fields import FIXED_FIELDS, IGNORED_FIELDS, READ_FIELDS, ConfigError
+from sglang_step35.config_unknown import FOREIGN_FIELDS, MEANINGFUL
 from sglang_step35.names import MODEL_TYPE
 
 
@@ -35,9 +36,18 @@ class Step35HFConfig(PretrainedConfig):
     pad_token_id = None
 
     def __init__(self, **fields: Any):
-        """fields: the mapping of config.json; none at all gives an empty config. Raises ConfigError."""
+        """fields: the mapping of config.json; none at all gives an empty config. Raises ConfigError.
+
+        Unknown keys become attributes and are saved again.
+        """
         if fields:
             parse_config(fields)
+        for name in fields.keys() - MEANINGFUL:
+            ours = None if name.startswith("_") else getattr(type(self), name, None)
+            if callable(ours) or isinstance(ours, property):  # the value would hide it, or could not be set
+                raise ConfigError(f"config field {name} is unknown, and the config class uses the name: remove it")
+        # SGLang looks for a null `text_config` and its like with hasattr.
+        fields = {name: value for name, value in fields.items() if name not in FOREIGN_FIELDS or value is not None}
         own = READ_FIELDS | FIXED_FIELDS.keys() | IGNORED_FIELDS
         # Given to the base class, these would be normalised, dropped or validated against num_hidden_layers.
         super().__init__(**{name: value for name, value in fields.items() if name not in own})

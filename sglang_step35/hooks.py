@@ -211,6 +211,7 @@ def _portable_hooks() -> list[Hook]:
 
     from sglang_step35.platform.seeds import hash32, keep_seeds
     from sglang_step35.platform.slots import assign_req_to_token
+    from sglang_step35.platform.widths import keep_widths
 
     triton = "stock launches a Triton kernel and asks no platform"
     method = "platforms have a method for it"
@@ -225,6 +226,13 @@ def _portable_hooks() -> list[Hook]:
             until="seeds are kept wherever a sampler can use them",
         ),
         Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32, why=triton, until=method),
+        Hook(
+            "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+            "around",
+            keep_widths,
+            why="on CPUs SGLang pads widths and heads behind our back, and the checkpoint no longer fits config.json",
+            until="SGLang asks the platform before it pads",
+        ),
     ]
 
 

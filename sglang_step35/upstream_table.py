@@ -60,6 +60,11 @@ TABLE: tuple[Upstream, ...] = (
         hooked=True,
     ),
     # Platform.
+    Upstream(
+        f"{_SRT}.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        _params("model_config load_config tp_size"),
+        hooked=True,
+    ),
     Upstream(f"{_SRT}.platforms.interface.SRTPlatform"),
     Upstream(f"{_SRT}.platforms.interface.PlatformCapabilities"),
     Upstream(f"{_SRT}.platforms.cpu.CpuDeviceMixin"),

@@ -109,7 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the field name
     "bos true": ({"bos_token_id": True}, "bos_token_id", "whole number, got bool"),
     "pad negative": ({"pad_token_id": -1}, "pad_token_id", "at least 0"),
     "unknown key": ({"sliding_windw": 512}, "sliding_windw", "unknown: did you mean sliding_window"),
-    "foreign key": ({"kv_lora_rank": 512}, "kv_lora_rank", "unknown: remove it"),
+    "foreign key": ({"kv_lora_rank": 512}, "kv_lora_rank", "512: remove it; only grouped-query"),
 }
 
 

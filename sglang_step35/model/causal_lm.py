@@ -21,6 +21,7 @@ from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.vocab import PACKED_MODULES, embedding, output_head
 from sglang_step35.model.weights import load_backbone, refresh
+from sglang_step35.model.widths import check_ranks
 
 
 class Step3p5Model(nn.Module):
@@ -93,6 +94,7 @@ class Step3p5ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.spec = parse_config(config)
+        check_ranks(self.spec)
         self.quant_config = quant_config
         self.pp_group = get_parallel().pp_group
         self.model = Step3p5Model(self.spec, quant_config, add_prefix("model", prefix))

@@ -162,12 +162,14 @@ def _routed_output_is_complete() -> bool:
 
 
 def _cannot_shard(size: int, quant_config, prefix: str) -> bool:
-    """Whether the shared expert's width per rank is no multiple of the quantisation block.
+    """Whether the shared expert's width does not divide by the ranks, or not into whole quantisation blocks.
 
     1280 wide in blocks of 128 does not split over 4 ranks or more.
     """
     block = getattr(quant_config, "weight_block_size", None)
     ranks = get_parallel().tp_size
+    if size % ranks:
+        return True
     if block is None or ranks == 1 or size // ranks % max(block) == 0:
         return False
     ignored = getattr(quant_config, "ignored_layers", None) or []
