@@ -3,7 +3,7 @@
 What `MTPGraphRunner` sets in its parent's place, and the batches that it fakes, are members here.
 """
 
-from sglang_step35.upstream.row import has, module, reads, takes
+from sglang_step35.upstream.row import has, module, plain, reads, takes
 
 ROWS = (
     *module(
@@ -18,7 +18,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.model_executor.input_buffers",
-        has("ForwardInputBuffers", "reset_index_buffers"),
+        plain("ForwardInputBuffers", "base of a dataclass; tests/test_upstream_fakes.py checks what is called of it"),
     ),
     *module(
         "sglang.srt.model_executor.runner",

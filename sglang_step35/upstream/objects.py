@@ -47,11 +47,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.managers.tp_worker",
-        has(
-            "TpModelWorker",
-            "alloc_memory_pool forward_batch_generation init_attention_backends model_config "
-            "model_runner sliding_window_size",
-        ),
+        has("TpModelWorker", "model_config model_runner sliding_window_size"),
     ),
     *module(
         "sglang.srt.server_args",

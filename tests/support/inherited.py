@@ -10,8 +10,20 @@ from pathlib import Path
 @cache
 def module_tree(module: str) -> ast.Module:
     """Syntax tree of a module, which need not be importable here."""
-    origin = importlib.util.find_spec(module).origin
-    return ast.parse(Path(origin).read_text(encoding="utf-8"))
+    package, *parts = module.split(".")
+    # Not the module's own spec: finding that imports its parents.
+    [root] = importlib.util.find_spec(package).submodule_search_locations
+    return ast.parse(Path(root, *parts).with_suffix(".py").read_text(encoding="utf-8"))
+
+
+def class_node(module: str, name: str) -> ast.ClassDef:
+    """A class at the top of a module."""
+    return next(node for node in module_tree(module).body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def class_fields(node: ast.ClassDef) -> set[str]:
+    """What the class declares with an annotation: the fields of a dataclass."""
+    return {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
 
 
 @dataclass(frozen=True)
@@ -25,8 +37,8 @@ class Methods:
         """classes: (module, class name)."""
         nodes = {}
         for module, name in reversed(classes):
-            tree = next(n for n in module_tree(module).body if isinstance(n, ast.ClassDef) and n.name == name)
-            nodes |= {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+            body = class_node(module, name).body
+            nodes |= {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
         return cls(nodes)
 
     def reached(self, entries: tuple[str, ...], ours: frozenset[str]) -> set[str]:

@@ -30,8 +30,8 @@ class Uses:
     """Dotted SGLang paths, each with the file that uses it.
 
     names: imported, or read from an imported module. members: `path.attribute` read from an imported class, function
-    or instance. strings: string literals. attributes: every attribute, parameter and keyword of the package, whatever
-    its object.
+    or instance. strings: string literals. attributes: every attribute, keyword, function and variable of the package,
+    whatever its object.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -76,6 +76,8 @@ def _read_file(file: str, tree: ast.Module, uses: Uses) -> None:
             uses.attributes.add(node.arg)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             uses.attributes.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            uses.attributes.add(node.id)
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
