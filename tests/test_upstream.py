@@ -72,12 +72,9 @@ def unlisted(found, table=upstream.TABLE) -> list[str]:
 
 def overridden() -> set[str]:
     """What classes of ours define, assign or read of SGLang's classes that they extend."""
-    found = set()
-    for sub in subclasses():
-        for name in sub.body | sub.read | sub.stored:
-            paths = [defining_path(base, name) for base in sub.bases]
-            found |= set(paths[:1]) - {None}
-    return found
+    subs = subclasses()
+    paths = {defining_path(sub.cls, name) for sub in subs for name in sub.body | sub.read | sub.stored}
+    return paths - {None}
 
 
 def all_hooks() -> list[hooks.Hook]:

@@ -115,11 +115,6 @@ class Subclass:
     read: frozenset[str]
     stored: frozenset[str]
 
-    @property
-    def bases(self) -> list[type]:
-        """SGLang's classes in the order of resolution."""
-        return [base for base in self.cls.__mro__ if is_sglang(base)]
-
 
 def is_sglang(item) -> bool:
     return item.__module__.split(".")[0] == "sglang"
