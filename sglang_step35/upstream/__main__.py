@@ -4,14 +4,13 @@ Unlike the doctor it does not ask for the pinned version: docs/upgrading.md runs
 """
 
 import importlib.metadata
-import pkgutil
 import sys
 import warnings
 from collections.abc import Iterator
 
 from sglang_step35 import SGLANG_VERSION
 from sglang_step35.upstream import TABLE, Upstream, UpstreamError, check
-from sglang_step35.upstream.check import parameter_names
+from sglang_step35.upstream.check import parameter_names, resolve
 
 
 def main() -> int:
@@ -38,7 +37,7 @@ def difference(row: Upstream) -> str:
 
 def _changes(row: Upstream) -> Iterator[str]:
     try:
-        found = parameter_names(pkgutil.resolve_name(row.path))
+        found = parameter_names(resolve(row.path))
     except (ImportError, AttributeError, TypeError, ValueError):
         return
     for label, names, others in (("new", found, row.parameters or found), ("gone", row.parameters or (), found)):

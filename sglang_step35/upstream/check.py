@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from sglang_step35 import SGLANG_VERSION
+from sglang_step35.names import is_our_code
 from sglang_step35.upstream.row import Upstream
 
 
@@ -34,7 +35,7 @@ def check(row: Upstream) -> None:
     if row.mentions:
         return _check_source(row)
     try:
-        target = pkgutil.resolve_name(row.path)
+        target = resolve(row.path)
     except (ImportError, AttributeError) as error:
         raise UpstreamError(f"sglang has no {row.path} ({error})") from error
     if row.parameters is not None:
@@ -49,14 +50,31 @@ def check(row: Upstream) -> None:
 def _check_source(row: Upstream) -> None:
     """Reads the file instead of importing it: some import kernels that only a GPU machine has."""
     package, *parts = row.path.split(".")
-    [root] = importlib.util.find_spec(package).submodule_search_locations
-    file = Path(root, *parts).with_suffix(".py")
-    if not file.exists():
+    spec = importlib.util.find_spec(package)
+    file = Path(*spec.submodule_search_locations, *parts).with_suffix(".py") if spec else None
+    if file is None or not file.exists():
         raise UpstreamError(f"sglang has no {row.path}")
     source = file.read_text(encoding="utf-8")
     unread = [name for name in row.mentions if not re.search(rf"\b{name}\b", source)]
     if unread:
         raise UpstreamError(f"{row.path} no longer reads {', '.join(unread)}")
+
+
+def resolve(path: str):
+    """What SGLang itself has at this path, also where one of our hooks has put a subclass in its place.
+
+    Raises ImportError or AttributeError.
+    """
+    target = pkgutil.resolve_name(path)
+    owner, _, name = path.rpartition(".")
+    parent = pkgutil.resolve_name(owner)
+    return _stock(getattr(_stock(parent), name) if isinstance(parent, type) else target)
+
+
+def _stock(item):
+    if isinstance(item, type) and is_our_code(item):
+        return next((base for base in item.__mro__ if base.__module__.split(".")[0] == "sglang"), item)
+    return item
 
 
 def parameter_names(target) -> tuple[str, ...]:
