@@ -136,15 +136,12 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
             self.capture()
 
     def _set_what_the_capture_loop_reads(self) -> None:
-        self.capture_forward_mode = ForwardMode.DRAFT_EXTEND_V2
-        self.capture_hidden_mode = CaptureHiddenMode.FULL
         self.compile_bs = []
         self.attention_graph_variants = None
         self.enable_torch_compile = False
         self.enable_profile_cuda_graph = False
         self.enable_pdmux = False
         self.record_nolora_graph = False
-        self.is_dllm = False
 
     def warmup(self) -> None:
         """The target's runner has warmed up the kernels."""

@@ -50,8 +50,6 @@ class Step35SpecWorker(BaseSpecWorker):
             attention_dp=get_parallel().attn_dp_size,
         )
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
-        # The scheduler tops up every request's KV slots from this before each round.
-        EagleDraftInput.ALLOC_LEN_PER_DECODE = self.settings.num_draft_tokens
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
         self.draft_counters = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:

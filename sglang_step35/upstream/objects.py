@@ -1,0 +1,83 @@
+"""What we read of objects that SGLang hands to us, most of which no file imports."""
+
+from sglang_step35.upstream.row import has, module
+
+ROWS = (
+    *module(
+        "sglang.srt.managers.schedule_batch",
+        has(
+            "ScheduleBatch",
+            "batch_size decoding_reqs extend_lens extend_num_tokens forward_mode has_grammar "
+            "input_ids is_extend_in_batch out_cache_loc prefix_lens req_pool_indices reqs "
+            "return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum spec_info",
+        ),
+        has(
+            "Req",
+            "eos_token_ids full_untruncated_fill_ids kv origin_input_ids output_ids rid sampling_params tokenizer",
+        ),
+        has("ReqKvInfo", "cache_protected_len req_pool_idx"),
+    ),
+    *module(
+        "sglang.srt.sampling.sampling_batch_info",
+        has(
+            "SamplingBatchInfo",
+            "device has_custom_logit_processor is_all_greedy logit_bias min_ps need_min_p_sampling "
+            "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps",
+        ),
+    ),
+    *module(
+        "sglang.srt.sampling.sampling_params",
+        has("SamplingParams", "min_new_tokens sampling_seed stop_token_ids"),
+    ),
+    *module(
+        "sglang.srt.model_executor.model_runner",
+        has(
+            "ModelRunner",
+            "attn_backend decode_attention_backend_str device dtype init_new_workspace "
+            "is_draft_worker kv_index_translator model model_config prefill_attention_backend_str "
+            "req_to_token_pool sliding_window_size spec_algorithm token_to_kv_pool",
+        ),
+    ),
+    *module(
+        "sglang.srt.configs.model_config",
+        has(
+            "ModelConfig",
+            "context_len hf_config hf_text_config hidden_size num_nextn_predict_layers vocab_size",
+        ),
+    ),
+    *module(
+        "sglang.srt.managers.tp_worker",
+        has("TpModelWorker", "model_config model_runner sliding_window_size"),
+    ),
+    *module(
+        "sglang.srt.server_args",
+        has("ServerArgs", "attention_backend enable_metrics served_model_name"),
+        has(
+            "ServerArgs",
+            "enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
+            "ep_num_redundant_experts expert_distribution_recorder_mode pp_size speculative_adaptive "
+            "speculative_algorithm speculative_eagle_topk speculative_num_draft_tokens "
+            "speculative_num_steps tp_size",
+        ),
+    ),
+    *module(
+        "sglang.srt.runtime_context",
+        has("ParallelContext", "attn_tp_size moe_ep_rank moe_tp_rank pp_group tp_rank"),
+    ),
+    *module(
+        "sglang.srt.layers.logits_processor",
+        has("LogitsProcessorOutput", "hidden_states next_token_logits"),
+    ),
+    *module(
+        "sglang.srt.managers.io_struct",
+        has(
+            "GenerateReqInput",
+            "input_ids logprob_start_len positional_embed_overrides rid sampling_params "
+            "session_params text top_logprobs_num",
+        ),
+    ),
+    *module(
+        "sglang.srt.managers.tokenizer_manager",
+        has("TokenizerManager", "model_config sampling_params_class served_model_name"),
+    ),
+)
