@@ -64,13 +64,17 @@ TABLE: tuple[Upstream, ...] = (
     Upstream(f"{_SRT}.platforms.interface.PlatformCapabilities"),
     Upstream(f"{_SRT}.platforms.cpu.CpuDeviceMixin"),
     Upstream(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool"),
+    Upstream(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup", _params("self")),
+    Upstream(f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.move_kv_cache", _params("self tgt_loc src_loc")),
     Upstream(
-        f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
-        _params("self"),
+        f"{_SRT}.entrypoints.engine.Engine._launch_scheduler_processes",
+        _params("server_args port_args run_scheduler_process_func placement_group"),
+        hooked=True,
     ),
     Upstream(
-        f"{_SRT}.mem_cache.memory_pool.MHATokenToKVPool.move_kv_cache",
-        _params("self tgt_loc src_loc"),
+        f"{_SRT}.entrypoints.engine.Engine._launch_detokenizer_subprocesses",
+        _params("server_args port_args run_detokenizer_process_func"),
+        hooked=True,
     ),
     # Prefix cache and its tree.
     Upstream(
