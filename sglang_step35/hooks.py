@@ -15,6 +15,7 @@ _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
+_ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
@@ -206,9 +207,10 @@ def _http_hooks() -> list[Hook]:
 
 
 def _portable_hooks() -> list[Hook]:
-    """Kernels without a platform method, on CPUs."""
+    """Kernels and choices without a platform method, on CPUs."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
+    from sglang_step35.platform.process_start import launch_by_fork
     from sglang_step35.platform.seeds import hash32, keep_seeds
     from sglang_step35.platform.slots import assign_req_to_token
     from sglang_step35.platform.widths import keep_widths
@@ -232,6 +234,16 @@ def _portable_hooks() -> list[Hook]:
             keep_widths,
             why="on CPUs SGLang pads widths and heads behind our back, and the checkpoint no longer fits config.json",
             until="SGLang asks the platform before it pads",
+        ),
+        *(
+            Hook(
+                f"{_ENGINE}.{name}",
+                "around",
+                launch_by_fork,
+                why="spawned processes import SGLang again, for most of a start",
+                until="a platform can choose the start method",
+            )
+            for name in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses")
         ),
     ]
 

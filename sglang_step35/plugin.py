@@ -21,7 +21,10 @@ def register() -> None:
     if _registered:
         return
     try:
-        _register()
+        from sglang_step35.platform.process_start import collection_paused
+
+        with collection_paused():
+            _register()
     except Exception as error:
         raise SystemExit(
             f"sglang-step35 cannot register with SGLang and refuses to let stock code serve "

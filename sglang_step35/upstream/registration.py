@@ -37,6 +37,18 @@ ROWS = (
         "sglang.srt.configs.update_config",
         takes("adjust_config_with_unaligned_cpu_tp", "model_config load_config tp_size", hooked=True),
     ),
+    # Start of the processes.
+    *module(
+        "sglang.srt.entrypoints.engine",
+        takes(
+            "Engine._launch_scheduler_processes",
+            "server_args port_args run_scheduler_process_func placement_group",
+            hooked=True,
+        ),
+        takes(
+            "Engine._launch_detokenizer_subprocesses", "server_args port_args run_detokenizer_process_func", hooked=True
+        ),
+    ),
     # Which worker serves.
     *module(
         "sglang.srt.speculative.spec_info",
