@@ -29,7 +29,7 @@ class GivenTarget:
 
 
 class Table:
-    """Logits of a first-order model, so that a loop can ask for any chain; drafts that are right about half the time."""
+    """Logits of a first-order model, so that a loop can ask for any chain; drafts right about half the time."""
 
     def __init__(self, seed, size):
         self.generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 
 from sglang_step35.speculative.depth import DepthPlanner
 from tests.support.toy_mtp import VOCAB
@@ -77,11 +76,11 @@ def play(host, events, sampled=False):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_rounds_and_drafts_equal_a_full_recompute(monkeypatch, steps, seed):
     host = Host(make_worker(monkeypatch, steps), seed)
-    play(host, 250)
-    assert len(set(host.accepted)) == steps + 1
+    play(host, 120)
+    assert set(host.accepted) == set(range(steps + 1))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -90,8 +89,8 @@ def test_rounds_of_any_depth_equal_a_full_recompute(monkeypatch, steps, full_wid
     worker = make_worker(monkeypatch, steps, adaptive=True, full_width=full_width)
     worker.depths = RandomDepths(worker.settings, seed=steps)
     host = Host(worker, seed=10 + steps)
-    play(host, 400)
-    assert len(set(host.accepted)) == steps + 1
+    play(host, 160)
+    assert set(host.accepted) == set(range(steps + 1))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -101,5 +100,5 @@ def test_sampled_rounds_equal_the_rule_applied_token_by_token(monkeypatch, adapt
     if adaptive:
         worker.depths = RandomDepths(worker.settings, seed=1)
     host = Host(worker, seed=20)
-    play(host, 300, sampled=True)
+    play(host, 140, sampled=True)
     assert set(host.accepted) == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-"""A toy target and toy MTP layers: integer hashes, so that one wrong token, hidden state or KV entry changes the drafts.
+"""A toy target and toy MTP layers: hashes, so that one wrong token, hidden state or KV entry changes the drafts.
 
 A target's hidden state at position t is a hash of the tokens up to t. An MTP row carries the hash of the tokens it has
 read, and a digest of its own layer's KV over a window and of every layer's below. Drafts follow from both: right
@@ -24,6 +24,7 @@ def mix(*parts: int) -> int:
     return state * 0x94D049BB133111EB % 2**64 >> 2
 
 
+@cache
 def fold(state: int, token: int) -> int:
     """The target's hidden state after one more token; 0 before the first."""
     return mix(1, state, token)

@@ -12,7 +12,6 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative import eagle_info
 from sglang.srt.speculative.eagle_info import EagleDraftInput
-from torch import Tensor
 
 from sglang_step35.speculative import device, draft, verify, worker
 from sglang_step35.speculative.acceptance import NO_DRAFT
@@ -157,7 +156,7 @@ class Host:
         """A request leaves, at any time and without a word to the worker; keep: its KV may be shared."""
         row = self.table[request.pool_idx].tolist()
         final = max(0, request.filled - self.worker.store.lag.of(request.pool_idx))
-        if keep and request.prefilled:
+        if keep and request.prefilled and len(self.cached) < 8:
             self.cached.append((request.tokens[:final], row[:final]))
         else:
             used = {slot for _, slots in self.cached for slot in slots}
