@@ -106,3 +106,18 @@ def test_counters_add_up_the_drafts_reached_and_accepted(monkeypatch):
     offered, accepted = worker.draft_counters.totals
     assert offered == [sum(n >= i for n in host.accepted) for i in range(3)]
     assert accepted == [sum(n > i for n in host.accepted) for i in range(3)]
+
+
+def test_a_request_admitted_again_where_its_prefill_ended_does_not_read_rings_that_moved_on(monkeypatch):
+    """Retracted after many rounds, on its old pool index, with a hit as long as its prompt; KV that others share."""
+    host = Host(make_worker(monkeypatch, 3))
+    request = host.admit(PROMPT)
+    host.prefill({request: len(PROMPT)})
+    while request.filled < len(PROMPT) + 30:
+        host.round([request])
+    shared = host.table[request.pool_idx].tolist()
+    request.filled, request.relay = len(PROMPT), None
+    host._give_slots(request, shared)
+    host.prefill({request: len(request.tokens) - request.filled})
+    other = host.admit([*request.tokens[: len(PROMPT) + 3], 0], len(PROMPT), shared)
+    host.prefill({other: 4})
