@@ -63,8 +63,8 @@ class RequestRings:
         self.tokens = torch.zeros(pool_size, capacity, dtype=torch.int64, device=device)
         # First position of which the ring (or its overwritten past) knew the hidden state.
         self.first_known = torch.zeros(pool_size, dtype=torch.int64, device=device)
-        # Host side: the request, its committed length and first_known at its last prefill.
-        self._prefills: dict[int, tuple[str, int, int]] = {}
+        # Host side: the request, its committed length (None once it decodes) and first_known at its last prefill.
+        self._prefills: dict[int, tuple[str, int | None, int]] = {}
 
     def known_before(self, pool_idx: int, rid: str, prefix_len: int, decoding: bool = False) -> int:
         """Known hidden states before a prefill from prefix_len.
@@ -82,6 +82,15 @@ class RequestRings:
             self._prefills[index] = (rid, end, first)
         device = self.first_known.device
         self.first_known[torch.tensor(pool_idx, device=device)] = torch.tensor(firsts, device=device)
+
+    def note_round(self, pool_idx: Sequence[int]) -> None:
+        """Rounds move the rings on: a later prefill from where the last one ended does not continue it.
+
+        A retracted request may come back to its index with a prefix hit of just that length.
+        """
+        for index in pool_idx:
+            rid, _, first = self._prefills.get(index, (None, None, 0))
+            self._prefills[index] = (rid, None, first)
 
     def first_after_prefill(self, pool_idx: int, prefix_len: int, known: int) -> int:
         """First position with a known hidden state after a prefill with `known` of them before it."""

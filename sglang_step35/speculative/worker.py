@@ -128,6 +128,7 @@ class Step35SpecWorker(BaseSpecWorker):
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)
+        self.store.rings.note_round(pool_idx)
         self._remember_round(batch.req_pool_indices, seq_lens, outcome)
         self._count_accepted(batch, outcome)
         sampler = self._draft(batch, pool_idx, seq_lens, seq_lens_cpu, outcome)

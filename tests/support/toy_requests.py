@@ -1,0 +1,144 @@
+"""Requests, sampling settings and the plain decoding they are held to, for tests of the worker without a server."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from sglang_step35.speculative.sampling import hashed_uniform
+from tests.support.toy_mtp import VOCAB, Definition
+
+NO_PENALTY = (0.0, 0.0, 1.0)
+STOPS = [3, 7]
+
+
+@dataclass(eq=False)
+class ToyRequest:
+    """What the worker reads of SGLang's Req, and the truth about it."""
+
+    rid: str
+    origin_input_ids: list[int]
+    pool_idx: int
+    penalty: tuple[float, float, float] = NO_PENALTY  # frequency, presence, repetition
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    filled: int = 0  # positions in the KV cache
+    drafts: list[int] = field(default_factory=list)  # checked against the definition
+    proposals: list[Tensor] = field(default_factory=list)  # distributions they were drawn from
+    relay: tuple[Tensor, Tensor] | None = None  # topk_index [S] and the bonus token, as the scheduler relays them
+    eos_token_ids = tuple(STOPS)
+    tokenizer = None
+    grammar = None
+
+    @property
+    def kv(self):
+        return SimpleNamespace(req_pool_idx=self.pool_idx)
+
+    @property
+    def sampling_params(self):
+        frequency, presence, repetition = self.penalty
+        return SimpleNamespace(
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            repetition_penalty=repetition,
+            min_new_tokens=self.min_new_tokens,
+            stop_token_ids=None,
+        )
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.origin_input_ids + self.output_ids
+
+    full_untruncated_fill_ids = tokens
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether everything but the bonus token is in the KV cache."""
+        return self.relay is not None
+
+    def adjust(self, logits: Tensor, output: list[int]) -> Tensor:
+        """One row of logits [V], penalised for `output` as plain decoding does."""
+        frequency, presence, repetition = self.penalty
+        row = logits.clone()
+        for token in set(output):
+            row[token] -= frequency * output.count(token) + presence
+            row[token] = row[token] * repetition if row[token] < 0 else row[token] / repetition
+        if len(output) < self.min_new_tokens:
+            row[STOPS] = -torch.inf
+        return row
+
+    def first_token(self) -> int:
+        """What the target's own sampler says after a prefill."""
+        return int(self.adjust(Definition(self.tokens).target([]), self.output_ids).argmax())
+
+    def expected_drafts(self, count: int) -> tuple[list[int], list[Tensor]]:
+        """Drafts after the present tokens, from scratch, and the distributions of a sampling request."""
+        proposals: list[Tensor] = []
+
+        def pick(layer: int, logits: Tensor) -> int:
+            if not self.temperature:
+                return int(logits.argmax())
+            proposals.append((logits / self.temperature).softmax(-1))
+            return sample(proposals[-1], self.coin(len(self.tokens) - 1, 2 + layer))
+
+        return Definition(self.tokens).draft(count, pick), proposals
+
+    def expected_round(self) -> list[int]:
+        """Tokens the next round adds, from the present drafts, one at a time as plain decoding would."""
+        definition, added = Definition(self.tokens), []
+        start = len(self.tokens) - 1
+        for step in range(len(self.drafts) + 1):
+            logits = self.adjust(definition.target(added), self.output_ids + added)
+            draft = self.drafts[step] if step < len(self.drafts) else None
+            token = self._choose(logits, draft, step, start)
+            added.append(token)
+            if token != draft or (self.temperature and self._rejected):
+                break
+        return added
+
+    def _choose(self, logits: Tensor, draft: int | None, step: int, start: int) -> int:
+        """One token; a draft of a sampling request is kept with chance p / q, else the rest is sampled."""
+        if not self.temperature:
+            return int(logits.argmax())
+        p = (logits / self.temperature).softmax(-1)
+        self._rejected = False
+        if draft is not None:
+            q = self.proposals[step]
+            if self.coin(start + step + 1, 0) * q[draft] < p[draft]:
+                return draft
+            p, self._rejected = (p - q).clamp(min=0), True
+        return sample(p, self.coin(start, 1))
+
+    def coin(self, position: int, stream: int) -> float:
+        """The uniform number of this request's seed."""
+        return hashed_uniform(torch.tensor(self.seed), torch.tensor(position), stream).item()
+
+
+def sample(weights: Tensor, coin: float) -> int:
+    """The first token whose cumulated weight exceeds the coin's share."""
+    cumulated = weights.double().cumsum(-1)
+    return int((cumulated > coin * cumulated[-1]).nonzero()[0])
+
+
+def sampling_info(requests, **changes) -> SimpleNamespace:
+    """What the worker reads of SGLang's SamplingBatchInfo."""
+    temperatures = torch.tensor([[r.temperature or 1.0] for r in requests])
+    fields = dict(
+        is_all_greedy=not any(r.temperature for r in requests),
+        temperatures=temperatures.view(-1, 1),
+        top_ks=torch.tensor([1 << 30 if r.temperature else 1 for r in requests], dtype=torch.int32),
+        top_ps=torch.ones(len(requests)),
+        min_ps=torch.zeros(len(requests)),
+        need_top_k_sampling=False,
+        need_top_p_sampling=False,
+        need_min_p_sampling=False,
+        sampling_seed=torch.tensor([r.seed for r in requests], dtype=torch.int64),
+        has_custom_logit_processor=False,
+        logit_bias=None,
+        vocab_size=VOCAB,
+        grammar_mask=None,
+    )
+    return SimpleNamespace(**{**fields, **changes})

@@ -1,0 +1,251 @@
+"""The worker without a server: toy models, and in place of SGLang's scheduler a host that checks every step.
+
+Requests are prefilled whole or in chunks, alone or mixed with decoding ones, share prefixes, join and leave, and reuse
+each other's pool indices and slots. After each step the host holds tokens, lengths and drafts against `ToyRequest`.
+"""
+
+import random
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative import eagle_info
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+
+from sglang_step35.speculative import device, draft, verify, worker
+from sglang_step35.speculative.acceptance import NO_DRAFT
+from tests.support.toy_mtp import EARLIER_KEYS, VOCAB, ToyMTP, ToyTarget, target_logits
+from tests.support.toy_requests import ToyRequest, sampling_info
+
+POOL, LENGTH, SLOTS = 6, 160, 20_000
+
+
+class Pool:
+    """SGLang's request pool: slots of every request's positions."""
+
+    def __init__(self):
+        self.req_to_token = torch.zeros(POOL, LENGTH, dtype=torch.int64)
+
+
+class TargetWorker:
+    """SGLang's target worker around the toy target."""
+
+    def __init__(self, pool: Pool, num_layers: int):
+        self.toy = ToyTarget(pool.req_to_token)
+        self.sliding_window_size = EARLIER_KEYS
+        self.model_config = SimpleNamespace(num_nextn_predict_layers=num_layers, hidden_size=2, vocab_size=VOCAB)
+        self.model_runner = SimpleNamespace(
+            model_config=self.model_config,
+            sliding_window_size=EARLIER_KEYS,
+            dtype=torch.int64,
+            device=torch.device("cpu"),
+            attn_backend=None,
+        )
+
+    def forward_batch_generation(self, batch, forward_batch=None, is_verify=False, **_unused):
+        batch = batch or forward_batch
+        owners = batch.req_pool_indices.tolist()
+        if is_verify:
+            width = batch.spec_info.draft_token_num
+            firsts, rows = batch.seq_lens.tolist(), batch.input_ids.view(-1, width).tolist()
+        else:
+            firsts = batch.prefix_lens
+            rows = [r.tokens[p : p + n] for r, p, n in zip(batch.reqs, firsts, batch.extend_lens, strict=True)]
+        states = [state for at in zip(owners, firsts, rows, strict=True) for state in self.toy.forward(*at)]
+        logits = torch.cat([torch.empty(0, VOCAB), *[target_logits(state)[None] for state in states]])
+        hidden = torch.tensor([(state, 0) for state in states], dtype=torch.int64).view(-1, 2)
+        output = SimpleNamespace(hidden_states=hidden, next_token_logits=logits)
+        sampled = None if is_verify else torch.tensor([_after_chunk(r, e) for r, e in zip(batch.reqs, batch.ends)])
+        return GenerationBatchResult(logits_output=output, next_token_ids=sampled)
+
+
+def _after_chunk(request: ToyRequest, end: int) -> int:
+    """The sampled token: within a prompt it is another than the prompt's next, as a rule."""
+    if end < len(request.tokens):
+        return (request.tokens[end] + 1) % VOCAB
+    return request.first_token()
+
+
+class DraftWorker(draft.MTPDraftWorker):
+    """The real one, its loop included, around the toy layers instead of a model runner."""
+
+    def __init__(self, server_args, gpu_id, nccl_port, target_worker):
+        self.graphs = None
+        self.model = ToyMTP(target_worker.toy.req_to_token, target_worker.model_config.num_nextn_predict_layers)
+        self.draft_runner = SimpleNamespace(model=self.model, attn_backend=self.model, device=torch.device("cpu"))
+        self.draft_worker = SimpleNamespace(alloc_memory_pool=lambda **_: None)
+
+    def _draft_scope(self):
+        return torch.inference_mode()
+
+    def _forward_scope(self, forward_batch):
+        return torch.inference_mode()
+
+
+def forward_batch(batch, runner, **_unused):
+    """SGLang's ForwardBatch.init_new."""
+    return SimpleNamespace(**vars(batch))
+
+
+def prepare_for_verify(spec_info, pool, batch, target_worker):
+    """SGLang's eagle_prepare_for_verify, without slots: the toy target looks them up."""
+    batch.input_ids, batch.forward_mode = spec_info.draft_token, ForwardMode.TARGET_VERIFY
+    return forward_batch(batch, None), False
+
+
+def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: bool = False):
+    """A worker over toy models, its memory allocated; full_width: as on CUDA."""
+    spec = SimpleNamespace(
+        speculative_num_steps=steps,
+        speculative_adaptive=adaptive,
+        speculative_eagle_topk=1,
+        speculative_num_draft_tokens=steps + 1,
+        speculative_use_rejection_sampling=False,
+    )
+    monkeypatch.setattr(worker, "get_spec", lambda: spec)
+    monkeypatch.setattr(eagle_info, "get_spec", lambda: spec)
+    monkeypatch.setattr(worker, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1, tp_rank=0))
+    monkeypatch.setattr(worker, "attention_backends", lambda: ("torch_native",) * 2)
+    monkeypatch.setattr(worker, "MTPDraftWorker", DraftWorker)
+    monkeypatch.setattr(draft, "ForwardBatch", SimpleNamespace(init_new=forward_batch))
+    monkeypatch.setattr(verify, "eagle_prepare_for_verify", prepare_for_verify)
+    monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
+    monkeypatch.setattr(EagleDraftInput, "ALLOC_LEN_PER_DECODE", None, raising=False)
+    if full_width:
+        monkeypatch.setattr(worker, "verify_width", lambda offered, num_steps, device: 1 + num_steps)
+    pool = Pool()
+    args = SimpleNamespace(enable_metrics=False, served_model_name="toy")
+    made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(pool, 3))
+    made.alloc_memory_pool(req_to_token_pool=pool)
+    return made
+
+
+class Host:
+    """The scheduler's part. `worker` may be changed between steps, e.g. its `depths`."""
+
+    def __init__(self, worker, seed: int = 0):
+        self.worker = worker
+        self.steps = worker.settings.num_steps
+        self.chance = random.Random(seed)
+        self.table = worker.req_to_token_pool.req_to_token
+        self.slots = list(range(1, SLOTS))
+        self.chance.shuffle(self.slots)
+        self.indices = list(range(POOL))
+        self.cached: list[tuple[list[int], list[int]]] = []  # tokens whose rows are final, and their slots
+        self.accepted: list[int] = []
+        self.count = 0
+
+    # Requests.
+
+    def admit(self, prompt: list[int], hit: int = 0, donor: list[int] = (), **options) -> ToyRequest:
+        """A new request on a random free pool index; hit: positions whose KV is `donor`'s slots."""
+        self.count += 1
+        options = {"rid": f"r{self.count}", **options}
+        index = self.indices.pop(self.chance.randrange(len(self.indices)))
+        request = ToyRequest(origin_input_ids=prompt, pool_idx=index, filled=hit, **options)
+        self._give_slots(request, donor)
+        return request
+
+    def _give_slots(self, request: ToyRequest, donor=()) -> None:
+        own = LENGTH - request.filled
+        self.table[request.pool_idx] = torch.tensor([*donor[: request.filled], *self.slots[:own]])
+        del self.slots[:own]
+
+    def release(self, request: ToyRequest, keep: bool = False) -> None:
+        """A request leaves, at any time and without a word to the worker; keep: its KV may be shared."""
+        row = self.table[request.pool_idx].tolist()
+        final = max(0, request.filled - self.worker.store.lag.of(request.pool_idx))
+        if keep and request.prefilled and len(self.cached) < 8:
+            self.cached.append((request.tokens[:final], row[:final]))
+        else:
+            used = {slot for _, slots in self.cached for slot in slots}
+            self.slots[:0] = [slot for slot in row if slot not in used]  # the next request gets them
+        self.indices.append(request.pool_idx)
+
+    def longest_hit(self, prompt: list[int]) -> tuple[int, list[int]]:
+        """Positions of a prompt whose rows some cached request shares, all lookahead tokens included."""
+        best = (0, [])
+        for tokens, slots in self.cached:
+            shared = 0
+            while shared < min(len(tokens), len(prompt)) and tokens[shared] == prompt[shared]:
+                shared += 1
+            best = max(best, (min(shared - self.steps, len(prompt) - 1), slots))
+        return best if best[0] > 0 else (0, [])
+
+    def retract(self, request: ToyRequest, index: int | None = None) -> None:
+        """Out of the pool and in again, on another index or this one, everything to be prefilled anew."""
+        self.release(request)
+        index = self.chance.choice(self.indices) if index is None else index
+        self.indices.remove(index)
+        request.pool_idx, request.filled, request.relay = index, 0, None
+        self._give_slots(request)
+
+    # Steps.
+
+    @torch.inference_mode()
+    def prefill(self, spans: dict[ToyRequest, int], decoding: list[ToyRequest] = ()) -> None:
+        """The next `spans[request]` positions of each; `decoding` ones share the batch with their bonus token."""
+        requests = [*spans, *decoding]
+        lengths = [*spans.values(), *[1] * len(decoding)]
+        batch = self._batch(requests, ForwardMode.EXTEND, [r.filled + n for r, n in zip(requests, lengths)])
+        batch.prefix_lens, batch.extend_lens = [r.filled for r in requests], lengths
+        batch.ends, batch.decoding_reqs = batch.seq_lens.tolist(), list(decoding) or None
+        result = self.worker.forward_batch_generation(batch)
+        assert result.accept_lens is None and result.new_seq_lens.tolist() == batch.ends
+        for b, request in enumerate(requests):
+            request.filled = batch.ends[b]
+            if request.filled < len(request.tokens):
+                continue  # the scheduler drops a middle chunk's result
+            request.output_ids.append(int(result.next_token_ids[b]))
+            self._check_drafts(request, result.next_draft_input, b)
+
+    @torch.inference_mode()
+    def round(self, requests: list[ToyRequest]) -> None:
+        """One round of verify and draft."""
+        batch = self._batch(requests, ForwardMode.DECODE, [r.filled for r in requests])
+        if requests:
+            index, bonus = (torch.stack(rows) for rows in zip(*[r.relay for r in requests]))
+            batch.spec_info = EagleDraftInput(topk_index=index, bonus_tokens=bonus)
+        if self.chance.random() < 0.5:
+            batch.seq_lens_cpu = None  # overlap scheduling does not know them
+        published = []
+        result = self.worker.forward_batch_generation(batch, on_publish=published.append)
+        assert len(published) == 1 and published[0] is result.new_seq_lens
+        width = result.speculative_num_draft_tokens
+        tokens = result.next_token_ids.view(len(requests), width).tolist()
+        for b, (request, row, length) in enumerate(zip(requests, tokens, result.accept_lens.tolist(), strict=True)):
+            assert row[:length] == request.expected_round(), (request.rid, row, length)
+            request.output_ids += row[:length]
+            request.filled += length
+            assert request.filled == int(result.new_seq_lens[b])
+            self._check_drafts(request, result.next_draft_input, b)
+        self.accepted += [n - 1 for n in result.accept_lens.tolist()]
+        if requests:
+            self.worker.on_verify_complete_cpu(self.accepted[-len(requests) :])
+
+    def _batch(self, requests: list[ToyRequest], mode: ForwardMode, lengths: list[int]) -> SimpleNamespace:
+        retained = self.worker.draft_swa_window
+        self.worker._draft_worker.model.floors = {r.pool_idx: r.filled - retained for r in requests}
+        lengths = torch.tensor(lengths, dtype=torch.int64)
+        return SimpleNamespace(
+            forward_mode=mode,
+            is_extend_in_batch=False,
+            reqs=requests,
+            req_pool_indices=torch.tensor([r.pool_idx for r in requests], dtype=torch.int64),
+            seq_lens=lengths,
+            seq_lens_cpu=lengths.clone(),
+            sampling_info=sampling_info(requests),
+            spec_info=None,
+            decoding_reqs=None,
+            has_grammar=False,
+            return_logprob=False,
+        )
+
+    def _check_drafts(self, request: ToyRequest, draft_input: EagleDraftInput, b: int) -> None:
+        request.relay = draft_input.topk_index[b], draft_input.bonus_tokens[b]
+        assert int(draft_input.bonus_tokens[b]) == request.tokens[-1]
+        (count,) = self.worker.store.drafts.counts([request.pool_idx])
+        found = draft_input.topk_index[b].tolist()
+        request.drafts, request.proposals = request.expected_drafts(count)
+        assert found == request.drafts + [NO_DRAFT] * (self.steps - count), (request.rid, request.filled)
