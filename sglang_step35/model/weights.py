@@ -22,6 +22,7 @@ from sglang_step35.checkpoint.names import (
     LEAVES,
     MODEL,
     MTP_LAYER,
+    OPTIONAL,
     Rename,
     TensorName,
     model_shapes,
@@ -159,12 +160,14 @@ class _Loader:
             self.copies[parts.layer, copy] = tensor.cpu()
         else:
             target = owner.prefix + entry.target + LEAVES.get(parts.leaf, parts.leaf)
-            self._fill(name, tensor, parts, entry, self.parameters[target])
+            self._fill(name, tensor, parts, entry, target)
 
     def check_complete(self) -> None:
         """Raise WeightError unless every part of every parameter was filled."""
         missing = []
         for key, experts in self.needed.items():
+            if key[1].rpartition(".")[2] in OPTIONAL:
+                continue
             lacking = experts - self.filled[key]
             if lacking == experts:
                 missing.append(self.files.describe(key[1]))
@@ -233,10 +236,10 @@ class _Loader:
             shape = (*shape[:-2], rows, columns)
         return shape
 
-    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, parameter: nn.Parameter) -> None:
-        """Hand the tensor to SGLang's loader of the parameter, which takes this rank's part."""
-        scale = "scale" in parts.leaf
-        if _is_quantised(tensor) and not _is_quantised(parameter) and not scale:
+    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, target: str) -> None:
+        """Hand the tensor to SGLang's loader of the parameter `target`, which takes this rank's part."""
+        parameter = self.parameters[target]
+        if parts.leaf == "weight" and _is_quantised(tensor) and not _is_quantised(parameter):
             raise WeightError(
                 f"{self.files.describe(name)} is {tensor.dtype}, but this layer is not quantised: "
                 f"config.json lacks the checkpoint's quantization_config, or it excludes the layer"
@@ -246,7 +249,8 @@ class _Loader:
             if entry.routed:
                 stacked = enumerate(tensor) if parts.expert is None else [(parts.expert, tensor)]
                 for expert, part in stacked:
-                    load(parameter, part, name, shard_id=entry.shard, expert_id=expert)
+                    # SGLang's loaders of experts read our parameter's name for what the tensor is.
+                    load(parameter, part, target, shard_id=entry.shard, expert_id=expert)
             elif entry.shard is not None:
                 load(parameter, tensor, entry.shard)
             else:
