@@ -288,4 +288,10 @@ TABLE: tuple[Upstream, ...] = (
         f"{_SRT}.parser.reasoning_parser.BaseReasoningFormatDetector.parse_streaming_increment",
         _params("self new_text"),
     ),
+    # 4-bit experts.
+    Upstream(f"{_SRT}.layers.moe.get_moe_runner_backend", ()),
+    Upstream(f"{_SRT}.layers.quantization.moe_wna16.MoeWNA16Config.from_config", ("config",)),
+    Upstream(
+        f"{_SRT}.layers.quantization.auto_round.AutoRoundConfig.get_layer_config", _params("self layer layer_name")
+    ),
 )

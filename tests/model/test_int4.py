@@ -3,6 +3,8 @@
 SGLang believes in a Hopper GPU here, as its choice of kernels depends on one; the kernels' arithmetic needs a real one.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,7 @@ from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.layers.quantization import get_quantization_config, marlin_utils, moe_wna16
 from sglang.srt.runtime_context import get_flags
 
+from sglang_step35.model import moe
 from sglang_step35.model.causal_lm import Step3p5ForCausalLM
 from sglang_step35.model.mtp import Step3p5MTP
 from sglang_step35.model.vocab import PACKED_MODULES
@@ -23,7 +26,7 @@ SHAPE = CheckpointShape(
     num_layers=6, hidden_size=128, heads=4, sliding_heads=8, head_dim=32, dense_size=128, experts=4, top_k=2,
     expert_size=128, shared_size=128, dtype="bfloat16",
 )  # fmt: skip
-NAMES = ["compressed-tensors"]
+NAMES = list(int4.formats(32))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,51 @@ def test_fused_layers_hold_their_parts_side_by_side(directory, name):
     prefix = "model.layers.4.self_attn."
     parts = [weights[f"{prefix}{part}_proj.{leaf}"] for part in "qkv"]
     assert torch.equal(getattr(model.model.layers[4].self_attn.qkv_proj, leaf), torch.cat(parts, rows))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "compressed-tensors"])
+def test_no_flag_is_needed_where_sglang_would_pick_marlin(directory, name):
+    form = int4.formats(128)[name]
+    model = build(Step3p5ForCausalLM, directory, form.config, form.quantisation, runner="auto")
+    assert model.model.layers[4].mlp.experts.runner_backend.is_triton()
+
+
+def test_layers_left_unquantised_stay_so(directory):
+    form = int4.formats(128)["AutoRound"]
+    config = form.config | dict(extra_config={"model.layers.3.moe.experts.0.up_proj": dict(bits=16)})
+    model = build(Step3p5ForCausalLM, directory, config, form.quantisation)
+    assert model.model.layers[3].mlp.experts.w13_weight.dtype is torch.bfloat16
+    assert model.model.layers[4].mlp.experts.w13_qweight.dtype is torch.uint8
+    form = int4.formats(128)["AWQ"]
+    config = form.config | dict(modules_to_not_convert=["layers.3."])
+    model = build(Step3p5ForCausalLM, directory, config, form.quantisation)
+    assert model.model.layers[3].mlp.experts.w13_weight.dtype is torch.bfloat16
+
+
+def test_parts_of_a_fused_layer_are_found_by_their_own_names(directory):
+    """AutoRound's mixed checkpoints leave single matrices in 16 bits."""
+    form = int4.formats(128)["AutoRound"]
+    kept = {f"model.layers.4.self_attn.{part}_proj": dict(bits=16) for part in "qkv"}
+    model = build(Step3p5ForCausalLM, directory, form.config | dict(extra_config=kept), form.quantisation)
+    assert model.model.layers[4].self_attn.qkv_proj.weight.dtype is torch.bfloat16
+    assert model.model.layers[5].self_attn.qkv_proj.qweight.dtype is torch.int32
+
+
+def test_ranks_that_cut_a_group_are_refused():
+    experts = SimpleNamespace(
+        scheme=SimpleNamespace(group_size=128), intermediate_size_per_partition=1280 // 4, moe_tp_size=4
+    )
+    with pytest.raises(ValueError, match="layer 3: 4 tensor-parallel ranks hold 320 columns .*--ep-size"):
+        moe._check_groups(3, experts)
+    experts.intermediate_size_per_partition = 1280
+    moe._check_groups(3, experts)
+
+
+@pytest.mark.parametrize("change", [dict(desc_act=True), dict(group_size=-1)])
+def test_packings_that_only_marlin_reads_are_refused(directory, change):
+    form = int4.formats(128)["GPTQ"]
+    with pytest.raises(ValueError, match=r"layers\.3\.moe\.experts is quantised with act-order"):
+        build(Step3p5ForCausalLM, directory, form.config | change | dict(static_groups=False), form.quantisation)
 
 
 @pytest.mark.parametrize("name", NAMES)
