@@ -13,7 +13,7 @@ UNQUANTISED_BITS = 16
 
 
 class _FusedMoEPlace:
-    """Stands for a layer of experts that is not built yet in AutoRound's per-layer lookup, which asks its class name."""
+    """A layer of experts that is not built yet, for AutoRound's per-layer lookup, which asks its class name."""
 
 
 def triton_method(quant_config, prefix: str) -> MoeWNA16Method | None:

@@ -48,6 +48,10 @@ class RequestStore:
         self.rings.begin(pool_idx, rids, firsts, ends)
         self.lag.begin(pool_idx)
 
+    def begin_round(self, pool_idx: Sequence[int]) -> None:
+        """A round verifies these requests."""
+        self.rings.leave_prefill(pool_idx)
+
     def note_drafts(self, pool_idx: list[int], pool_indices: Tensor, count: int, sampler) -> None:
         """A pass drafted `count` tokens for each request, with this DraftSampler."""
         self.drafts.note(pool_idx, count, sampler.confidences)
@@ -63,8 +67,8 @@ class RequestRings:
         self.tokens = torch.zeros(pool_size, capacity, dtype=torch.int64, device=device)
         # First position of which the ring (or its overwritten past) knew the hidden state.
         self.first_known = torch.zeros(pool_size, dtype=torch.int64, device=device)
-        # Host side: the request, its committed length and first_known at its last prefill.
-        self._prefills: dict[int, tuple[str, int, int]] = {}
+        # Host side: the request, its committed length and first_known at its last prefill; no length once it decodes.
+        self._prefills: dict[int, tuple[str, int | None, int]] = {}
 
     def known_before(self, pool_idx: int, rid: str, prefix_len: int, decoding: bool = False) -> int:
         """Known hidden states before a prefill from prefix_len.
@@ -82,6 +86,16 @@ class RequestRings:
             self._prefills[index] = (rid, end, first)
         device = self.first_known.device
         self.first_known[torch.tensor(pool_idx, device=device)] = torch.tensor(firsts, device=device)
+
+    def leave_prefill(self, pool_idx: Sequence[int]) -> None:
+        """These requests decode from here on, and later positions take the entries of the ones before a prefill's end.
+
+        Should one be retracted and come back to this index, its prefix from the cache may end just there again.
+        """
+        for index in pool_idx:
+            if index in self._prefills:
+                rid, _, first = self._prefills[index]
+                self._prefills[index] = (rid, None, first)
 
     def first_after_prefill(self, pool_idx: int, prefix_len: int, known: int) -> int:
         """First position with a known hidden state after a prefill with `known` of them before it."""

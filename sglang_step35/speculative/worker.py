@@ -117,6 +117,7 @@ class Step35SpecWorker(BaseSpecWorker):
     def _round(self, batch, on_publish, grammar_barrier):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
+        self.store.begin_round(pool_idx)
         offered = self.store.drafts.counts(pool_idx)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, offered, self.store.drafts.confidences(pool_idx))
