@@ -110,7 +110,7 @@ class Step35SpecWorker(BaseSpecWorker):
         prefill.remember(rows, hidden)
         sampler = self._sampler(batch, batch.seq_lens)
         self._draft_worker.run(batch, rows, hidden, steps, sampler)
-        self.store.note_drafts(prefill.pool_idx, prefill.pool_indices, steps, sampler)
+        self.store.note_drafts(prefill.pool_idx, steps, sampler)
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 
@@ -126,7 +126,7 @@ class Step35SpecWorker(BaseSpecWorker):
         chain = torch.cat([bonus[:, None], draft_input.topk_index[:, : width - 1]], dim=1)
         # [B, S, V] are copied here: only where a request samples.
         greedy = batch.sampling_info.is_all_greedy
-        proposal = None if greedy else self.store.probs.get(batch.req_pool_indices, width - 1)
+        proposal = None if greedy else self.store.probs.get(pool_idx, width - 1)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
@@ -154,7 +154,7 @@ class Step35SpecWorker(BaseSpecWorker):
             rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
             ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
         self.store.lag.note(pool_idx, width, ran)
-        self.store.note_drafts(pool_idx, batch.req_pool_indices, ran, sampler)
+        self.store.note_drafts(pool_idx, ran, sampler)
         return sampler
 
     def _window(
