@@ -23,6 +23,7 @@ from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.penalties import PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
+from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
@@ -50,6 +51,7 @@ class Step35SpecWorker(BaseSpecWorker):
             attention_dp=get_parallel().attn_dp_size,
         )
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
+        self.ranks = Ranks(get_parallel().tp_group)
         # The scheduler tops up every request's KV slots from this before each round.
         EagleDraftInput.ALLOC_LEN_PER_DECODE = self.settings.num_draft_tokens
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
@@ -86,7 +88,7 @@ class Step35SpecWorker(BaseSpecWorker):
             device=runner.device,
         )
         set_lag(req_to_token_pool, self.store.lag.of)
-        self.depths = DepthPlanner(self.settings)
+        self.depths = DepthPlanner(self.settings, ranks=self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts)
 
     def forward_batch_generation(self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None):
