@@ -288,6 +288,8 @@ TABLE: tuple[Upstream, ...] = (
         f"{_SRT}.parser.reasoning_parser.BaseReasoningFormatDetector.parse_streaming_increment",
         _params("self new_text"),
     ),
+    # Tensor-parallel ranks.
+    Upstream(f"{_SRT}.distributed.parallel_state.GroupCoordinator.broadcast", _params("self input_ src")),
     # 4-bit experts.
     Upstream(f"{_SRT}.layers.moe.get_moe_runner_backend", ()),
     Upstream(f"{_SRT}.layers.quantization.moe_wna16.MoeWNA16Config.from_config", ("config",)),

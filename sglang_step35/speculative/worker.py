@@ -89,7 +89,7 @@ class Step35SpecWorker(BaseSpecWorker):
         )
         set_lag(req_to_token_pool, self.store.lag.of)
         self.depths = DepthPlanner(self.settings, ranks=self.ranks)
-        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts)
+        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
 
     def forward_batch_generation(self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None):
         """One scheduler step: a prefill (chunk) or one round of verify and draft."""
@@ -203,6 +203,7 @@ class Step35SpecWorker(BaseSpecWorker):
             positions,
             num_steps=self.settings.num_steps,
             stop_rule=self.depths.stop_rule(len(batch.reqs)) if asks else None,
+            ranks=self.ranks,
         )
 
     def _count_first_tokens(self, batch, next_token_ids: Tensor) -> None:
