@@ -49,6 +49,7 @@ class Step35SpecWorker(BaseSpecWorker):
             num_draft_tokens=spec.speculative_num_draft_tokens,
             num_mtp_layers=target_worker.model_config.num_nextn_predict_layers or 0,
             attention_dp=get_parallel().attn_dp_size,
+            pipeline=get_parallel().pp_size,
         )
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
         self.ranks = Ranks(get_parallel().tp_group)
