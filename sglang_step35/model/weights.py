@@ -85,7 +85,11 @@ def load_mtp(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: 
         for depth, layer in enumerate(model.spec.mtp_layers)
     }
     first = len(model.spec.layers)
-    copies = _load(model, owners, weights, complete)
+    absent = (
+        f"has no MTP layers (model.layers.{first} and on), though config.json names {len(owners)}; quantisers often "
+        f"drop them. Remove --speculative-algorithm to serve without drafts, or use a checkpoint that kept them."
+    )
+    copies = _load(model, owners, weights, complete, absent)
     return {(layer - first, kind): tensor for (layer, kind), tensor in copies.items()}
 
 
@@ -98,11 +102,14 @@ def refresh(model: nn.Module) -> None:
             module.refresh()
 
 
-def _load(model: nn.Module, owners: Mapping, weights, complete: bool) -> dict:
+def _load(model: nn.Module, owners: Mapping, weights, complete: bool, absent: str | None = None) -> dict:
+    """absent: what a checkpoint without a single tensor for this model means."""
     loader = _Loader(model, owners, open_files(getattr(model.config, "_name_or_path", None)))
     with torch.no_grad():
         for name, tensor in _guarded(weights, loader.files):
             loader.take(name, tensor)
+    if complete and absent and not loader.filled:
+        raise WeightError(f"{loader.files} {absent}")
     if complete:
         loader.check_complete()
     refresh(model)
