@@ -23,9 +23,9 @@ SPECULATIVE = {
     "enable-multi-layer-eagle": True,
 }
 ATTENTION = {
-    "bf16-8gpu": "flashinfer",
-    "fp8-8gpu": "flashinfer",
-    "fp8-4xh200": "flashinfer",
+    "bf16-8gpu": "fa3",
+    "fp8-8gpu": "fa3",
+    "fp8-4xh200": "fa3",
     "int4-dgx-spark": "flashinfer",
     "nano-cpu": "step35_portable",
 }

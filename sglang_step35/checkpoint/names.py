@@ -77,7 +77,10 @@ MODEL: tuple[Rename, ...] = (
 LEAVES = {"router_bias": "bias"}
 
 # Parameters that SGLang derives after loading.
-DERIVED = ("blockscale_swizzled",)
+DERIVED = ("blockscale_swizzled", "g_idx_sort_indices")
+
+# Parameters that SGLang registers whether or not a checkpoint has them: the order of the columns under act-order.
+OPTIONAL = ("g_idx", "weight_g_idx")
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(?:transformer\.)?(.+)")
 _EXPERT_NAME = re.compile(r"moe\.experts\.(\d+)\.(.+)")

@@ -19,7 +19,7 @@ from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer, stages
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
-from sglang_step35.model.vocab import PACKED_MODULES, embedding, output_head
+from sglang_step35.model.vocab import PACKED_MODULES, embedding, name_parts, output_head
 from sglang_step35.model.weights import load_backbone, refresh
 from sglang_step35.model.widths import check_ranks
 
@@ -96,6 +96,7 @@ class Step3p5ForCausalLM(nn.Module):
         self.spec = parse_config(config)
         check_ranks(self.spec)
         self.quant_config = quant_config
+        name_parts(quant_config)
         self.pp_group = get_parallel().pp_group
         self.model = Step3p5Model(self.spec, quant_config, add_prefix("model", prefix))
         self.lm_head = PPMissingLayer()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sglang_step35.config import LayerSpec, MoESpec
 from sglang_step35.model.experts import PlainExperts, runs_plain_torch
+from sglang_step35.model.int4 import triton_method
 from sglang_step35.model.mlp import MLP
 
 
@@ -96,6 +97,7 @@ class MoE(nn.Module):
             self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
         )
         _check_runner(spec, layer.index, self.experts.runner_backend, self.router.topk)
+        _check_groups(layer.index, self.experts)
 
         share_prefix = add_prefix("share_expert", prefix)
         complete = _routed_output_is_complete()
@@ -122,7 +124,9 @@ class MoE(nn.Module):
 
 def _experts(spec: MoESpec, layer_id: int, hidden_size: int, quant_config, prefix: str) -> nn.Module:
     """SGLang's layer for the routed experts."""
+    prefix = add_prefix("experts", prefix)
     plain = quant_config is None and runs_plain_torch()
+    method = PlainExperts() if plain else triton_method(quant_config, prefix)
     return get_moe_impl_class(quant_config)(
         num_experts=spec.num_experts + get_exec().moe.ep_num_redundant_experts,
         top_k=spec.top_k,
@@ -130,10 +134,10 @@ def _experts(spec: MoESpec, layer_id: int, hidden_size: int, quant_config, prefi
         hidden_size=hidden_size,
         intermediate_size=spec.expert_size,
         quant_config=quant_config,
-        prefix=add_prefix("experts", prefix),
+        prefix=prefix,
         routing_method_type=RoutingMethodType.SigmoidRenorm,
         gemm1_clamp_limit=spec.limit,
-        **({"quant_method": PlainExperts()} if plain else {}),
+        quant_method=method,
     )
 
 
@@ -152,6 +156,20 @@ def _check_runner(spec: MoESpec, layer_id: int, backend, topk: TopK) -> None:
         raise ValueError(
             f"layer {layer_id} clamps its experts' SwiGLU at {spec.limit}, which the MoE runner "
             f"{getattr(backend, 'value', backend)} does not do: start with --moe-runner-backend triton"
+        )
+
+
+def _check_groups(layer_id: int, experts: nn.Module) -> None:
+    """Refuse ranks that would cut a quantisation group; raises ValueError.
+
+    SGLang's compressed-tensors experts then hold too few scales, each of the wrong columns.
+    """
+    group, width = getattr(experts.scheme, "group_size", None) or -1, experts.intermediate_size_per_partition
+    if group > 0 and width % group:
+        raise ValueError(
+            f"layer {layer_id}: {experts.moe_tp_size} tensor-parallel ranks hold {width} columns of each expert, no "
+            f"multiple of the checkpoint's quantisation groups of {group}: start with --ep-size = --tp-size, which "
+            f"keeps experts whole"
         )
 
 

@@ -30,7 +30,7 @@ from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.shared_tables import SharedTables
-from sglang_step35.model.vocab import PACKED_MODULES
+from sglang_step35.model.vocab import PACKED_MODULES, name_parts
 from sglang_step35.model.weights import load_mtp, refresh
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class Step3p5MTP(nn.Module):
         self.config = config
         self.spec = parse_config(config)
         self.quant_config = _mtp_quant_config(config, self.spec, quant_config)
+        name_parts(self.quant_config)
         self.rows = RotaryRows()
         self.layers = nn.ModuleList(
             MTPLayer(

@@ -13,6 +13,12 @@ PACKED_MODULES = {
 }
 
 
+def name_parts(quant_config) -> None:
+    """Tell a quantisation these names; AutoRound's, which may quantise each part differently, gets them from nobody."""
+    if quant_config is not None and not quant_config.packed_modules_mapping:
+        quant_config.update_packed_modules_mapping(PACKED_MODULES)
+
+
 def embedding(spec: ModelSpec, quant_config=None, prefix: str = "") -> VocabParallelEmbedding:
     """The input embedding [V, H]; whole on each rank under data-parallel attention."""
     return VocabParallelEmbedding(

@@ -22,6 +22,7 @@ from sglang_step35.checkpoint.names import (
     LEAVES,
     MODEL,
     MTP_LAYER,
+    OPTIONAL,
     Rename,
     TensorName,
     model_shapes,
@@ -84,7 +85,11 @@ def load_mtp(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: 
         for depth, layer in enumerate(model.spec.mtp_layers)
     }
     first = len(model.spec.layers)
-    copies = _load(model, owners, weights, complete)
+    absent = (
+        f"has no MTP layers (model.layers.{first} and on), though config.json names {len(owners)}; quantisers often "
+        f"drop them. Remove --speculative-algorithm to serve without drafts, or use a checkpoint that kept them."
+    )
+    copies = _load(model, owners, weights, complete, absent)
     return {(layer - first, kind): tensor for (layer, kind), tensor in copies.items()}
 
 
@@ -97,11 +102,14 @@ def refresh(model: nn.Module) -> None:
             module.refresh()
 
 
-def _load(model: nn.Module, owners: Mapping, weights, complete: bool) -> dict:
+def _load(model: nn.Module, owners: Mapping, weights, complete: bool, absent: str | None = None) -> dict:
+    """absent: what a checkpoint without a single tensor for this model means."""
     loader = _Loader(model, owners, open_files(getattr(model.config, "_name_or_path", None)))
     with torch.no_grad():
         for name, tensor in _guarded(weights, loader.files):
             loader.take(name, tensor)
+    if complete and absent and not loader.filled:
+        raise WeightError(f"{loader.files} {absent}")
     if complete:
         loader.check_complete()
     refresh(model)
@@ -159,12 +167,14 @@ class _Loader:
             self.copies[parts.layer, copy] = tensor.cpu()
         else:
             target = owner.prefix + entry.target + LEAVES.get(parts.leaf, parts.leaf)
-            self._fill(name, tensor, parts, entry, self.parameters[target])
+            self._fill(name, tensor, parts, entry, target)
 
     def check_complete(self) -> None:
         """Raise WeightError unless every part of every parameter was filled."""
         missing = []
         for key, experts in self.needed.items():
+            if key[1].rpartition(".")[2] in OPTIONAL:
+                continue
             lacking = experts - self.filled[key]
             if lacking == experts:
                 missing.append(self.files.describe(key[1]))
@@ -233,10 +243,10 @@ class _Loader:
             shape = (*shape[:-2], rows, columns)
         return shape
 
-    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, parameter: nn.Parameter) -> None:
-        """Hand the tensor to SGLang's loader of the parameter, which takes this rank's part."""
-        scale = "scale" in parts.leaf
-        if _is_quantised(tensor) and not _is_quantised(parameter) and not scale:
+    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, target: str) -> None:
+        """Hand the tensor to SGLang's loader of the parameter `target`, which takes this rank's part."""
+        parameter = self.parameters[target]
+        if parts.leaf == "weight" and _is_quantised(tensor) and not _is_quantised(parameter):
             raise WeightError(
                 f"{self.files.describe(name)} is {tensor.dtype}, but this layer is not quantised: "
                 f"config.json lacks the checkpoint's quantization_config, or it excludes the layer"
@@ -246,7 +256,8 @@ class _Loader:
             if entry.routed:
                 stacked = enumerate(tensor) if parts.expert is None else [(parts.expert, tensor)]
                 for expert, part in stacked:
-                    load(parameter, part, name, shard_id=entry.shard, expert_id=expert)
+                    # SGLang's loaders of experts read our parameter's name for what the tensor is.
+                    load(parameter, part, target, shard_id=entry.shard, expert_id=expert)
             elif entry.shard is not None:
                 load(parameter, tensor, entry.shard)
             else:

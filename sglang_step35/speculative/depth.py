@@ -9,18 +9,21 @@ from sglang_step35.speculative.adaptive import (
     DepthController,
     StopRule,
 )
+from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.settings import MTPSettings
 
 
 class DepthPlanner:
     """Adaptive depth for the worker: one controller per power of two of batch sizes.
 
-    Without `settings.adaptive` every round drafts num_steps tokens.
+    Without `settings.adaptive` every round drafts num_steps tokens. Of what decides the depth only the seconds differ
+    between ranks, so rank 0's clock serves all.
     """
 
-    def __init__(self, settings: MTPSettings, clock=time.perf_counter):
+    def __init__(self, settings: MTPSettings, clock=time.perf_counter, ranks: Ranks = ALONE):
         self.settings = settings
         self._clock = clock
+        self._ranks = ranks
         self._controllers: dict[int, DepthController] = {}
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[list[float]]]] = deque()
@@ -40,7 +43,8 @@ class DepthPlanner:
             return
         now, depth = self._clock(), max(offered, default=0)
         if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == depth:
-            self._controller(len(rids)).observe_round(depth, now - self._last[0])
+            seconds = self._ranks.same_number(now - self._last[0])
+            self._controller(len(rids)).observe_round(depth, seconds)
         self._last = (now, frozenset(rids), depth)
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sglang_step35.speculative.acceptance import NO_DRAFT, inverse_cdf
 from sglang_step35.speculative.adaptive import StopRule
+from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
 
 # Random streams 0 and 1 belong to the verifier.
@@ -20,12 +21,21 @@ class DraftSampler:
     Letters: B requests, S MTP layers, V vocabulary.
     """
 
-    def __init__(self, sampling_info, positions: Tensor, *, num_steps: int, stop_rule: StopRule | None = None):
+    def __init__(
+        self,
+        sampling_info,
+        positions: Tensor,
+        *,
+        num_steps: int,
+        stop_rule: StopRule | None = None,
+        ranks: Ranks = ALONE,
+    ):
         """positions: [B], where each request stands; seeds its random stream.
 
         stop_rule: when a pass ends before its last layer; None: never, which spares the
-        confidences.
+        confidences. ranks: those that must draw the same drafts.
         """
+        self.ranks = ranks
         self.num_steps = num_steps
         self.sampled = not sampling_info.is_all_greedy
         self.rule = SamplingRule.from_info(sampling_info) if self.sampled else None
@@ -40,13 +50,13 @@ class DraftSampler:
         if self.sampled:
             proposal = self.rule.distribution(logits[:, None]).squeeze(1)
             coin = self.rule.coins(self.positions, _FIRST_DRAFT_STREAM + layer).squeeze(1)
-            draft = inverse_cdf(proposal, coin)
+            draft = self.ranks.same(inverse_cdf(proposal, coin))
             self.probs.append(proposal)
         else:
             draft = logits.argmax(-1)
         if self.stop_rule is not None:
             probs = proposal if self.sampled else logits.float().softmax(-1)
-            self.confidences.append(probs.gather(1, draft[:, None]).squeeze(1).tolist())
+            self.confidences.append(self.ranks.same(probs.gather(1, draft[:, None])).squeeze(1).tolist())
         self.drafts.append(draft)
         return draft
 

@@ -28,6 +28,7 @@ from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backen
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 from torch import Tensor
 
+from sglang_step35.speculative.device import fit_draft_attention
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.settings import MTPSettings
 
@@ -120,6 +121,7 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         self._set_what_the_capture_loop_reads()
         self.capture_bs, _ = get_batch_sizes_to_capture(runner)
         self.max_bs = max(self.capture_bs)
+        fit_draft_attention(self.attn_backend, width)
         self.attn_backend.init_cuda_graph_state(self.max_bs, self.max_bs * width)
         # A window of all its rows, so that even a dummy request has keys for each.
         self.seq_len_fill_value = width

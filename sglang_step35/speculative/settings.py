@@ -51,7 +51,9 @@ class MTPSettings:
         return earlier_keys + (self.ring_capacity if self.adaptive else self.num_steps)
 
 
-def check_settings(*, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int, attention_dp: int) -> None:
+def check_settings(
+    *, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_layers: int, attention_dp: int, pipeline: int
+) -> None:
     """Raise SpeculativeSettingsError naming the flag that cannot work."""
     if num_mtp_layers < 1:
         raise SpeculativeSettingsError(
@@ -73,6 +75,11 @@ def check_settings(*, num_steps: int, topk: int, num_draft_tokens: int, num_mtp_
             f"data-parallel attention over {attention_dp} ranks (--attn-dp-size, "
             "--enable-dp-attention): an MTP pass has more rows than SGLang gathers between ranks "
             "for a verify step; use tensor parallelism alone, or remove --speculative-algorithm"
+        )
+    if pipeline > 1:
+        raise SpeculativeSettingsError(
+            f"--pp-size {pipeline}: the MTP layers read the backbone's last hidden states and the sampled tokens, "
+            "which only the last pipeline rank has; use tensor parallelism alone, or remove --speculative-algorithm"
         )
 
 

@@ -39,7 +39,7 @@ class RequestStore:
             rings=RequestRings(pool_size, capacity, hidden_size, dtype, device),
             lag=LayerLag(pool_size, steps, capacity),
             drafts=LastDrafts(pool_size),
-            probs=DraftProbs(pool_size, steps, vocab_size, device),
+            probs=DraftProbs(vocab_size, device),
             counts=OutputCounts(vocab_size, device),
         )
 
@@ -48,10 +48,15 @@ class RequestStore:
         self.rings.begin(pool_idx, rids, firsts, ends)
         self.lag.begin(pool_idx)
 
-    def note_drafts(self, pool_idx: list[int], pool_indices: Tensor, count: int, sampler) -> None:
+    def begin_round(self, pool_idx: Sequence[int]) -> None:
+        """A round verifies these requests, the only ones that decode."""
+        self.rings.leave_prefill(pool_idx)
+        self.probs.keep(pool_idx)
+
+    def note_drafts(self, pool_idx: list[int], count: int, sampler) -> None:
         """A pass drafted `count` tokens for each request, with this DraftSampler."""
         self.drafts.note(pool_idx, count, sampler.confidences)
-        self.probs.put(pool_indices, sampler.probs)
+        self.probs.put(pool_idx, sampler.probs)
 
 
 class RequestRings:
@@ -63,7 +68,7 @@ class RequestRings:
         self.tokens = torch.zeros(pool_size, capacity, dtype=torch.int64, device=device)
         # First position of which the ring (or its overwritten past) knew the hidden state.
         self.first_known = torch.zeros(pool_size, dtype=torch.int64, device=device)
-        # Host side: the request, its committed length (None once it decodes) and first_known at its last prefill.
+        # Host side: the request, its committed length and first_known at its last prefill; no length once it decodes.
         self._prefills: dict[int, tuple[str, int | None, int]] = {}
 
     def known_before(self, pool_idx: int, rid: str, prefix_len: int, decoding: bool = False) -> int:
@@ -83,14 +88,15 @@ class RequestRings:
         device = self.first_known.device
         self.first_known[torch.tensor(pool_idx, device=device)] = torch.tensor(firsts, device=device)
 
-    def note_round(self, pool_idx: Sequence[int]) -> None:
-        """Rounds move the rings on: a later prefill from where the last one ended does not continue it.
+    def leave_prefill(self, pool_idx: Sequence[int]) -> None:
+        """These requests decode from here on, and later positions take the entries of the ones before a prefill's end.
 
-        A retracted request may come back to its index with a prefix hit of just that length.
+        Should one be retracted and come back to this index, its prefix from the cache may end just there again.
         """
         for index in pool_idx:
-            rid, _, first = self._prefills.get(index, (None, None, 0))
-            self._prefills[index] = (rid, None, first)
+            if index in self._prefills:
+                rid, _, first = self._prefills[index]
+                self._prefills[index] = (rid, None, first)
 
     def first_after_prefill(self, pool_idx: int, prefix_len: int, known: int) -> int:
         """First position with a known hidden state after a prefill with `known` of them before it."""
@@ -183,29 +189,57 @@ class LastDrafts:
 
 
 class DraftProbs:
-    """Distributions the drafts of sampling requests were drawn from.
+    """Distributions the drafts of sampling requests were drawn from: those the last passes left, not copies.
 
-    Kept here and not relayed through the scheduler, so that greedy batches carry none. A greedy
-    request's entry may hold anything: its target distribution is one-hot, which leaves nothing of q.
+    Kept here and not relayed through the scheduler, so that greedy batches carry none. What no decoding request needs
+    goes with the next round: memory follows the running batch and not the pool, whose size SGLang learns only after it
+    has shared out the memory.
     """
 
-    def __init__(self, pool_size: int, num_steps: int, vocab_size: int, device):
-        self._shape = (pool_size, num_steps, vocab_size)
+    def __init__(self, vocab_size: int, device):
+        self._vocab_size = vocab_size
         self._device = device
-        self._values: Tensor | None = None
+        # Pool index -> its pass's distributions, one [B, V] for each step, and its row in them.
+        self._rows: dict[int, tuple[Sequence[Tensor], int]] = {}
 
-    def put(self, pool_indices: Tensor, probs: Sequence[Tensor]) -> None:
-        """Store the first steps' distributions, each [B, V], of pool indices [B]."""
-        if not probs:
-            return
-        if self._values is None:
-            self._values = torch.zeros(self._shape, device=self._device)
-        for step, distribution in enumerate(probs):
-            self._values[pool_indices, step] = distribution
+    def put(self, pool_idx: Sequence[int], probs: Sequence[Tensor]) -> None:
+        """Note a pass over these requests and its first steps' distributions, each [B, V]; none if it was greedy."""
+        self._rows |= {index: (probs, row) for row, index in enumerate(pool_idx)}
 
-    def get(self, pool_indices: Tensor, steps: int) -> Tensor | None:
-        """[B, steps, V] float32, or None before any sampling request."""
-        return None if self._values is None else self._values[pool_indices, :steps]
+    def keep(self, pool_idx: Sequence[int]) -> None:
+        """Drop the distributions of all other requests."""
+        self._rows = {index: self._rows[index] for index in pool_idx if index in self._rows}
+
+    def get(self, pool_idx: Sequence[int], steps: int) -> Tensor:
+        """[B, steps, V] float32.
+
+        0 after a greedy pass and for steps without a draft: a greedy request's target is one-hot, which leaves nothing
+        of q. Infinite where nothing is known, so that no draft is accepted and the target's own distribution stays.
+        """
+        out = torch.full((len(pool_idx), steps, self._vocab_size), torch.inf, device=self._device)
+        for probs, row, start, count in self._runs(pool_idx):
+            out[start : start + count] = 0
+            for step, distribution in enumerate(probs[:steps]):
+                out[start : start + count, step] = distribution[row : row + count]
+        return out
+
+    def _runs(self, pool_idx: Sequence[int]) -> list[tuple[Sequence[Tensor], int, int, int]]:
+        """(a pass's distributions, first row, first request, count): neighbours that were neighbours in their pass.
+
+        Slices, because index lists would wait for the device.
+        """
+        runs: list[tuple[Sequence[Tensor], int, int, int]] = []
+        for b, index in enumerate(pool_idx):
+            if index not in self._rows:
+                continue
+            probs, row = self._rows[index]
+            if runs:
+                last, first, start, count = runs[-1]
+                if last is probs and (row, b) == (first + count, start + count):
+                    runs[-1] = (last, first, start, count + 1)
+                    continue
+            runs.append((probs, row, b, 1))
+        return runs
 
 
 class OutputCounts:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled
 from sglang_step35.speculative.device import chain_verify_input
 from sglang_step35.speculative.penalties import PenaltyRule, penalise
+from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
 from sglang_step35.speculative.state import OutputCounts
 
@@ -39,10 +40,11 @@ class VerifyOutcome:
 class TargetVerifier:
     """Runs and judges verify windows on the target worker."""
 
-    def __init__(self, target_worker, req_to_token_pool, counts: OutputCounts):
+    def __init__(self, target_worker, req_to_token_pool, counts: OutputCounts, ranks: Ranks = ALONE):
         self.target_worker = target_worker
         self.req_to_token_pool = req_to_token_pool
         self.counts = counts
+        self.ranks = ranks
 
     def run(self, batch, chain: Tensor, proposal: Tensor | None, grammar_barrier=None) -> VerifyOutcome:
         """Verify `chain` [B, N] int64 (column 0 the bonus token, -1 where nothing was drafted).
@@ -86,13 +88,14 @@ class TargetVerifier:
             return accept_greedy(drafts, logits.argmax(-1))
         rule = SamplingRule.from_info(info)
         positions = batch.seq_lens.long()[:, None] + torch.arange(width, device=chain.device)
-        return accept_sampled(
+        tokens, accept_lens = accept_sampled(
             drafts,
             rule.distribution(logits),
             proposal,
             rule.coins(positions[:, 1:], _ACCEPT_STREAM),
             rule.coins(positions[:, :1], _FINAL_STREAM).squeeze(1),
         )
+        return self.ranks.same(tokens), self.ranks.same(accept_lens)
 
     def _adjusted(self, batch, logits: Tensor, chain: Tensor) -> Tensor:
         """Logits [B * N, V] after custom processors, penalties, minimum length and bias."""

@@ -23,6 +23,7 @@ from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.penalties import PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
+from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
@@ -48,8 +49,10 @@ class Step35SpecWorker(BaseSpecWorker):
             num_draft_tokens=spec.speculative_num_draft_tokens,
             num_mtp_layers=target_worker.model_config.num_nextn_predict_layers or 0,
             attention_dp=get_parallel().attn_dp_size,
+            pipeline=get_parallel().pp_size,
         )
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
+        self.ranks = Ranks(get_parallel().tp_group)
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
         self.draft_counters = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
@@ -84,8 +87,8 @@ class Step35SpecWorker(BaseSpecWorker):
             device=runner.device,
         )
         set_lag(req_to_token_pool, self.store.lag.of)
-        self.depths = DepthPlanner(self.settings)
-        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts)
+        self.depths = DepthPlanner(self.settings, ranks=self.ranks)
+        self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
 
     def forward_batch_generation(self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None):
         """One scheduler step: a prefill (chunk) or one round of verify and draft."""
@@ -108,13 +111,14 @@ class Step35SpecWorker(BaseSpecWorker):
         prefill.remember(rows, hidden)
         sampler = self._sampler(batch, batch.seq_lens)
         self._draft_worker.run(batch, rows, hidden, steps, sampler)
-        self.store.note_drafts(prefill.pool_idx, prefill.pool_indices, steps, sampler)
+        self.store.note_drafts(prefill.pool_idx, steps, sampler)
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 
     def _round(self, batch, on_publish, grammar_barrier):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
+        self.store.begin_round(pool_idx)
         offered = self.store.drafts.counts(pool_idx)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, offered, self.store.drafts.confidences(pool_idx))
@@ -123,12 +127,11 @@ class Step35SpecWorker(BaseSpecWorker):
         chain = torch.cat([bonus[:, None], draft_input.topk_index[:, : width - 1]], dim=1)
         # [B, S, V] are copied here: only where a request samples.
         greedy = batch.sampling_info.is_all_greedy
-        proposal = None if greedy else self.store.probs.get(batch.req_pool_indices, width - 1)
+        proposal = None if greedy else self.store.probs.get(pool_idx, width - 1)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)
-        self.store.rings.note_round(pool_idx)
         self._remember_round(batch.req_pool_indices, seq_lens, outcome)
         self._count_accepted(batch, outcome)
         sampler = self._draft(batch, pool_idx, seq_lens, seq_lens_cpu, outcome)
@@ -152,7 +155,7 @@ class Step35SpecWorker(BaseSpecWorker):
             rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
             ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
         self.store.lag.note(pool_idx, width, ran)
-        self.store.note_drafts(pool_idx, batch.req_pool_indices, ran, sampler)
+        self.store.note_drafts(pool_idx, ran, sampler)
         return sampler
 
     def _window(
@@ -199,6 +202,7 @@ class Step35SpecWorker(BaseSpecWorker):
             positions,
             num_steps=self.settings.num_steps,
             stop_rule=self.depths.stop_rule(len(batch.reqs)) if asks else None,
+            ranks=self.ranks,
         )
 
     def _count_first_tokens(self, batch, next_token_ids: Tensor) -> None:

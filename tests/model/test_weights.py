@@ -16,6 +16,7 @@ from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 
 EXPERTS = "model.layers.4.moe.gate_proj.weight"
+MTP = (["9"], ["10"], ["11"])
 
 
 @pytest.fixture
@@ -81,6 +82,15 @@ def test_missing_mtp_layers_stop_only_the_draft(directory):
     edit(directory, lambda weights: [weights.pop(n) for n in list(weights) if "layers.10." in n])
     model_host.load(directory)
     assert "model.layers.10.enorm.weight" in failure(directory, draft=True)
+
+
+def test_a_checkpoint_whose_mtp_layers_were_dropped(directory):
+    """Many 4-bit checkpoints of others: they serve, but cannot draft."""
+    edit(directory, lambda weights: [weights.pop(n) for n in list(weights) if n.split(".")[2:3] in MTP])
+    model_host.load(directory)
+    message = failure(directory, draft=True)
+    assert f"{directory} has no MTP layers (model.layers.9 and on)" in message
+    assert "Remove --speculative-algorithm" in message
 
 
 def test_missing_mtp_projection(directory):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
@@ -74,6 +75,22 @@ class PoolAttention:
 
     def draft_extend_metadata_captured_in_graph(self):
         return False
+
+
+class TritonRows(TritonAttnBackend):
+    """SGLang's Triton backend as far as it lays out a captured draft pass; its kernels need a GPU."""
+
+    def __init__(self):
+        self.num_draft_tokens, self.speculative_num_steps = STEPS + 1, STEPS
+        self.sliding_window_size, self.device = None, "cpu"
+        self.qo_indptr, self.kv_indptr = (torch.zeros(5, dtype=torch.int32) for _ in range(2))
+        self.window_kv_indptr = self.cuda_graph_kv_indices = None
+
+    def init_cuda_graph_state(self, max_bs, max_num_tokens):
+        pass
+
+    def _fill_kv_indptr_and_indices(self, *_unused):
+        return self.kv_indptr
 
 
 class Recorder:
@@ -165,6 +182,18 @@ def drafted(layers):
         layers.put(layer, logits.argmax(-1))
         found.append(logits)
     return torch.stack(found)
+
+
+def test_tritons_captured_pass_has_the_rows_of_the_mtp_pass(mtp, requests_table, graphs, monkeypatch):
+    """It would take the verify width, STEPS + 1, and read the rows of other requests."""
+    runner = make_runner(mtp, requests_table)
+    runner.attn_backend = backend = TritonRows()
+    monkeypatch.setattr(type(graphs), "capture", lambda self: None)
+    type(graphs)(runner, STEPS)
+    mode, ends = ForwardMode.DRAFT_EXTEND_V2, torch.tensor([10, 21])
+    starts, *_ = backend._update_draft_extend_buffers(None, 2, ends, mode, None, torch.tensor([0, 1]))
+    assert starts.tolist() == [0, WIDTH, 2 * WIDTH]
+    assert backend._build_cuda_graph_forward_metadata(2, mode, None).max_extend_len == WIDTH
 
 
 def test_captured_passes_equal_eager_ones(mtp, graphs, requests_table):

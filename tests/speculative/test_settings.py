@@ -10,7 +10,7 @@ from sglang_step35.speculative.settings import (
     check_settings,
 )
 
-GOOD = {"num_steps": 3, "topk": 1, "num_draft_tokens": 4, "num_mtp_layers": 3, "attention_dp": 1}
+GOOD = {"num_steps": 3, "topk": 1, "num_draft_tokens": 4, "num_mtp_layers": 3, "attention_dp": 1, "pipeline": 1}
 
 
 @pytest.mark.parametrize("steps, layers", [(3, 3), (1, 3), (2, 2), (1, 1)])
@@ -29,6 +29,7 @@ def test_as_many_steps_as_layers_or_fewer(steps, layers):
         ({"num_steps": 0, "num_draft_tokens": 1}, "--speculative-num-steps 0"),
         ({"num_draft_tokens": 8}, "--speculative-num-draft-tokens 8.*= 4"),
         ({"attention_dp": 2}, "--attn-dp-size"),
+        ({"pipeline": 2}, "--pp-size 2.*remove --speculative-algorithm"),
     ],
 )
 def test_what_cannot_work_is_refused(change, message):

@@ -1,0 +1,118 @@
+"""4-bit checkpoints as the quantisers publish them: their packing written out, and read back from the expert kernels.
+
+Letters: N output rows, K input columns, G groups of K, E experts. A quantised matrix is (nibbles - zeros) * scales with
+nibbles [N, K] in 0 .. 15, scales and zeros [N, G]. AutoRound and llm-compressor save each routed expert by itself, as
+`moe.experts.{e}.gate_proj`, and leave the router, the head gate and the MTP layers alone.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IN_ORDER = range(8)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's interleaving of the eight nibbles of a word
+QUANTISED = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.\w+_proj|share_expert\.\w+_proj|moe\.\w+_proj)"
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """quantisation: SGLang's name for the resolved method. config: the checkpoint's `quantization_config`."""
+
+    quantisation: str
+    packing: str  # "gptq", "awq" or "compressed"
+    symmetric: bool
+    config: dict
+    saves_order: bool = False  # g_idx, which GPTQ tools write even without act-order
+
+
+def formats(group: int) -> dict[str, Format]:
+    auto_round = dict(quant_method="auto-round", bits=4, group_size=group, sym=True, data_type="int")
+    gptq = dict(quant_method="gptq", bits=4, group_size=group, sym=True, desc_act=False)
+    awq = dict(quant_method="awq", bits=4, group_size=group, zero_point=True, version="gemm")
+    scheme = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group, dynamic=False)
+    compressed = dict(
+        quant_method="compressed-tensors",
+        format="pack-quantized",
+        ignore=["lm_head", "re:.*moe.gate$"],
+        config_groups={"group_0": dict(targets=["Linear"], weights=scheme, input_activations=None)},
+    )
+    return {
+        "AutoRound": Format("auto-round", "gptq", True, auto_round | dict(packing_format="auto_round:auto_gptq")),
+        "AutoRound in AWQ's packing": Format(
+            "auto-round", "awq", False, auto_round | dict(packing_format="auto_round:auto_awq", sym=False)
+        ),
+        "GPTQ": Format("gptq_marlin", "gptq", True, gptq, saves_order=True),
+        "AWQ": Format("awq_marlin", "awq", False, awq),
+        "AWQ without Marlin": Format("awq", "awq", False, awq),
+        "compressed-tensors": Format("compressed-tensors", "compressed", True, compressed),
+    }
+
+
+def quantise(weights: dict[str, Tensor], form: Format, group: int, layers: int) -> tuple[dict, dict]:
+    """The checkpoint in this format, and what each quantised matrix then stands for [N, K], by module name."""
+    packed, meaning = {}, {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if not QUANTISED.fullmatch(module) or int(name.split(".")[2]) >= layers:
+            packed[name] = weight
+            continue
+        parts = {module: weight}
+        if weight.dim() == 3:
+            layer, part = module.split(".moe.")
+            parts = {f"{layer}.moe.experts.{e}.{part}": expert for e, expert in enumerate(weight)}
+        for single, matrix in parts.items():
+            tensors, meaning[single] = _quantise(matrix, form, group)
+            packed |= {f"{single}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    return packed, meaning
+
+
+def experts_meaning(layer) -> dict[str, Tensor]:
+    """What the Triton kernel reads in a layer of experts: w13 [E, 2 N, K] and w2 [E, K, N], float32."""
+    info = (layer.scheme or layer.quant_method).get_triton_quant_info(layer)
+    zeros = info.w13_zp, info.w2_zp
+    halves = zip(("w13", "w2"), (info.w13_weight, info.w2_weight), (info.w13_scale, info.w2_scale), zeros, strict=True)
+    return {name: _read(weight, scale, zero) for name, weight, scale, zero in halves}
+
+
+def _quantise(matrix: Tensor, form: Format, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    rows, columns = matrix.shape
+    grouped = matrix.float().view(rows, columns // group, group)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scales = (torch.maximum(-low, high) / 7 if form.symmetric else (high - low) / 15).clamp(min=1e-4).bfloat16()
+    zeros = torch.full_like(low, 8) if form.symmetric else (-low / scales).round().clamp(1, 15)
+    nibbles = ((grouped / scales[..., None].float()).round() + zeros[..., None]).clamp(0, 15)
+    meaning = ((nibbles - zeros[..., None]) * scales[..., None].float()).view(rows, columns)
+    nibbles, zeros = nibbles.view(rows, columns).long(), zeros.long()
+    if form.packing == "compressed":
+        shape = torch.tensor([rows, columns])
+        return dict(weight_packed=_pack(nibbles), weight_scale=scales, weight_shape=shape), meaning
+    tensors = dict(scales=scales.T.contiguous())
+    if form.packing == "awq":
+        return tensors | dict(qweight=_pack(nibbles.T, AWQ_ORDER), qzeros=_pack(zeros.T, AWQ_ORDER)), meaning
+    # GPTQ stores zeros less one, and its words run down the columns.
+    tensors |= dict(qweight=_pack(nibbles).T.contiguous(), qzeros=_pack(zeros.T - 1))
+    if form.saves_order:
+        tensors["g_idx"] = torch.arange(columns, dtype=torch.int32) // group
+    return tensors, meaning
+
+
+def _pack(nibbles: Tensor, order=IN_ORDER) -> Tensor:
+    """[R, 8 C] -> [R, C] int32: nibble i of a word is element order[i] of its eight."""
+    eights = nibbles.contiguous().reshape(len(nibbles), -1, 8).numpy().astype(np.uint32)
+    words = sum(eights[..., element] << np.uint32(4 * i) for i, element in enumerate(order))
+    return torch.from_numpy(np.ascontiguousarray(words).view(np.int32))
+
+
+def _read(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """weight [E, N, K / 2] uint8, low nibble first; scale [E, N, G]; zero [E, N / 2, G] uint8 or None for 8."""
+    nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2).float()
+    repeats = nibbles.shape[-1] // scale.shape[-1]
+    zeros = torch.full_like(scale.float(), 8)
+    if zero is not None:
+        zeros = torch.stack((zero & 15, zero >> 4), dim=2).flatten(1, 2).float()
+    return (nibbles - zeros.repeat_interleave(repeats, -1)) * scale.float().repeat_interleave(repeats, -1)
