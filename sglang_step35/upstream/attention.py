@@ -3,6 +3,11 @@
 from sglang_step35.upstream.row import has, module, plain, reads, takes
 
 ROWS = (
+    # Triton attention of captured draft passes.
+    *module(
+        "sglang.srt.layers.attention.triton_backend",
+        has("TritonAttnBackend", "num_draft_tokens"),
+    ),
     *module(
         "sglang.srt.arg_groups.choices",
         plain("ATTENTION_BACKEND_CHOICES", "the list of names that --attention-backend accepts"),

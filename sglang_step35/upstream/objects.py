@@ -51,7 +51,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.server_args",
-        has("ServerArgs", "attention_backend enable_metrics served_model_name"),
+        has("ServerArgs", "attention_backend enable_memory_saver enable_metrics numa_node served_model_name"),
         has(
             "ServerArgs",
             "enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "

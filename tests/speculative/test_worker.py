@@ -69,7 +69,8 @@ def play(host, events, sampled=False):
         elif what < 0.47 and decoding:
             host.retract(decoding[0], index=chance.choice([None, decoding[0].pool_idx]))
         elif decoding:
-            host.round(decoding[: chance.randint(1, 4)])
+            # SGLang's decode batch holds every running request, which sampling relies on; the rings bear any batch.
+            host.round(decoding if sampled else decoding[: chance.randint(1, 4)])
         for request in [r for r in live if len(r.tokens) > LENGTH - 20]:
             live.remove(request)
             host.release(request)
