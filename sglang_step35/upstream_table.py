@@ -28,6 +28,7 @@ def _params(text: str) -> tuple[str, ...]:
 
 _SRT = "sglang.srt"
 _RUNNER = f"{_SRT}.model_executor.runner"
+_GGUF = f"{_SRT}.utils.hf_transformers.gguf_native"
 _FLASHINFER = f"{_SRT}.layers.attention.flashinfer_backend"
 
 TABLE: tuple[Upstream, ...] = (
@@ -266,6 +267,39 @@ TABLE: tuple[Upstream, ...] = (
         f"{_SRT}.mem_cache.kv_index_translator.KVIndexTranslator.write_ids",
         _params("self forward_batch kind"),
     ),
+    # GGUF files.
+    Upstream(f"{_SRT}.model_loader.loader.get_model_loader", _params("load_config model_config"), hooked=True),
+    Upstream(f"{_GGUF}.GGUF_NATIVE_CONFIG_BUILDERS", hooked=True),
+    Upstream(f"{_GGUF}.read_gguf_architecture", _params("gguf_path"), hooked=True),
+    Upstream(f"{_GGUF}.build_gguf_generation_config", _params("gguf_path"), hooked=True),
+    Upstream(f"{_GGUF}.build_gguf_tokenizer", _params("gguf_path **kwargs"), hooked=True),
+    Upstream(
+        f"{_SRT}.model_loader.loader.GGUFModelLoader.load_model",
+        _params("self model_config device_config"),
+    ),
+    Upstream(
+        f"{_SRT}.model_loader.loader._initialize_model",
+        _params("model_config load_config quant_config"),
+    ),
+    Upstream(
+        f"{_SRT}.model_loader.loader._get_quantization_config",
+        _params("model_config load_config"),
+    ),
+    Upstream(
+        f"{_SRT}.layers.quantization.gguf.GGUFMoEMethod.apply",
+        _params("self layer dispatch_output"),
+    ),
+    Upstream(
+        f"{_SRT}.layers.quantization.gguf.fused_mul_mat_gguf",
+        _params("x qweight qweight_type"),
+    ),
+    Upstream(
+        f"{_SRT}.layers.moe.fused_moe_triton.layer.FusedMoE.materialize_gguf_weights",
+        _params("self"),
+    ),
+    Upstream("gguf.GGUFReader._get", _params("self offset dtype count override_order")),
+    Upstream("gguf.GGUFReader._get_field_parts", _params("self orig_offs raw_type")),
+    Upstream("gguf.GGUFReader._build_tensors", _params("self start_offs fields")),
     # Parsers.
     Upstream(
         f"{_SRT}.function_call.function_call_parser.FunctionCallParser.ToolCallParserEnum",
