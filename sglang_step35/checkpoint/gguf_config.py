@@ -67,7 +67,7 @@ def config_fields(path: str | Path) -> dict[str, Any]:
         **_heads(meta, types),
         **_rope(files, meta, types, fields["head_dim"]),
         **_experts(meta, layers, backbone),
-        **_tokens(file),
+        **token_fields(file),
         "num_hidden_layers": backbone,
         "num_nextn_predict_layers": nextn,
         "layer_types": types,
@@ -101,8 +101,8 @@ class _Metadata:
 
     def fail(self, key: str, why: str) -> DamagedFile:
         return DamagedFile(
-            f"{self.file.path}: the metadata {ARCHITECTURE}.{key} {why}; convert the checkpoint with a newer llama.cpp, "
-            f"or put the published config.json beside the file"
+            f"{self.file.path}: the metadata {ARCHITECTURE}.{key} {why}; convert the checkpoint with a newer "
+            f"llama.cpp, or put the published config.json beside the file"
         )
 
 
@@ -164,7 +164,7 @@ def _experts(meta: _Metadata, layers: int, backbone: int) -> dict[str, Any]:
     }
 
 
-def _tokens(file: GGUFFile) -> dict[str, Any]:
+def token_fields(file: GGUFFile) -> dict[str, Any]:
     """Begin and end of a text. The published end tokens are the end of a text, the padding and the end of a turn."""
     tokens = file.get("tokenizer.ggml.tokens", [])
     ends = [file.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "padding")]

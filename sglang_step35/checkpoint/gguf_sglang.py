@@ -4,7 +4,7 @@ Functions behind `hooks.py` ("around" SGLang's own, which come first and serve e
 """
 
 from sglang_step35.checkpoint.gguf import GGUFFiles
-from sglang_step35.checkpoint.gguf_config import config_fields
+from sglang_step35.checkpoint.gguf_config import token_fields
 from sglang_step35.checkpoint.gguf_file import open_gguf
 from sglang_step35.checkpoint.gguf_names import ARCHITECTURE
 
@@ -20,8 +20,7 @@ def generation_config(stock, gguf_path: str):
         return stock(gguf_path)
     from transformers import GenerationConfig
 
-    fields = config_fields(gguf_path)
-    return GenerationConfig(bos_token_id=fields["bos_token_id"], eos_token_id=fields["eos_token_id"])
+    return GenerationConfig(**token_fields(open_gguf(gguf_path)))
 
 
 def tokenizer(stock, gguf_path: str, **options):

@@ -18,8 +18,9 @@ class Step35GGUFLoader(GGUFModelLoader):
     llama.cpp's conventions, weights that stay in the mapped file and errors that name file and tensor."""
 
     def load_model(self, *, model_config, device_config) -> nn.Module:
-        # A config.json beside the file names the folder.
+        # A config.json beside the file names the folder; the draft's quantisation is settled before the file is seen.
         model_config.hf_config._name_or_path = model_config.model_path
+        model_config.quantization = "gguf"
         device = torch.device(device_config.device)
         quant_config = _get_quantization_config(model_config, self.load_config)
         with set_default_torch_dtype(model_config.dtype):

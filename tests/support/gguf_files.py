@@ -112,7 +112,7 @@ def write_gguf(
     if tokenizer:
         metadata |= tokenizer_metadata(directory, fields)
     edit(metadata, tensors)
-    _write(file, metadata, tensors, shards)
+    write_file(file, metadata, tensors, shards)
     return dequantised
 
 
@@ -208,7 +208,7 @@ def _token(entry: str | Mapping[str, Any]) -> str:
     return entry if isinstance(entry, str) else entry["content"]
 
 
-def _write(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple], shards: int) -> None:
+def write_file(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple], shards: int = 1) -> None:
     size = max((array.nbytes for array, _ in tensors.values()), default=0) + 1
     total = sum(array.nbytes for array, _ in tensors.values())
     options = {"split_max_size": max(size, total // shards + 1)} if shards > 1 else {}
