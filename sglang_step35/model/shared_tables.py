@@ -63,6 +63,7 @@ class SharedTables(nn.Module):
         Returns {"layer 0 embedding": "backbone" | "own" | "layer j's own"}.
         """
         for kind, table in (("embedding", embed), ("head", head)):
+            self.backbone[kind].quant_method = table.quant_method
             for name, parameter in table.named_parameters(recurse=False):
                 setattr(self.backbone[kind], name, parameter)
         report = {}
@@ -123,6 +124,7 @@ def _shell(make: Callable[[], VocabParallelEmbedding]) -> VocabParallelEmbedding
         table = make()
     for name, _ in list(table.named_parameters(recurse=False)):
         setattr(table, name, None)
+    table.quant_method = None  # else SGLang would process its weights after loading
     return table
 
 
