@@ -1,4 +1,4 @@
-"""The model on packed weights: log-probabilities of a float32 model with what `gguf.quants.dequantize` makes of them."""
+"""The model on packed weights against a float32 model on what `gguf.quants.dequantize` makes of them."""
 
 import json
 from dataclasses import replace

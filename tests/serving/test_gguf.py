@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from sglang_step35.assets import NANO
 from sglang_step35.bench.servers import MTP_ARGS
@@ -41,9 +42,10 @@ def test_greedy_output_and_accepted_drafts_are_the_references(server, converted)
         assert histogram(answer) == [accepted.count(i) for i in range(4)]
 
 
-def test_the_files_own_tokenizer_template_and_end_tokens(server):
-    body = {"model": "default", "messages": [{"role": "user", "content": "Write a function."}], "temperature": 0}
-    response = server.post("/v1/chat/completions", body | {"max_tokens": 400})
-    choice = response.json()["choices"][0]
-    assert choice["finish_reason"] == "stop" and choice["message"]["reasoning_content"]
-    assert "<|im_end|>" not in choice["message"]["content"]
+def test_the_files_own_tokenizer_and_chat_template(server):
+    messages = [{"role": "user", "content": "Write a function."}]
+    body = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": 40}
+    answer = server.post("/v1/chat/completions", body).json()
+    prompt = AutoTokenizer.from_pretrained(NANO).apply_chat_template(messages, add_generation_prompt=True)
+    assert answer["usage"]["prompt_tokens"] == len(prompt["input_ids"])
+    assert answer["choices"][0]["message"]["reasoning_content"]
