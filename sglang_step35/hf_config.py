@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from sglang_step35.checkpoint.gguf_config import config_fields
+from sglang_step35.checkpoint.gguf_names import ARCHITECTURE as GGUF_ARCHITECTURE
 from sglang_step35.config import FULL, SLIDING, ModelSpec, parse_config
 from sglang_step35.config_fields import FIXED_FIELDS, IGNORED_FIELDS, READ_FIELDS, ConfigError
 from sglang_step35.config_unknown import FOREIGN_FIELDS, MEANINGFUL
@@ -54,6 +56,13 @@ class Step35HFConfig(PretrainedConfig):
         for name in fields.keys() & own:
             setattr(self, name, fields[name])
 
+    @classmethod
+    def from_gguf(cls, path: str) -> "Step35HFConfig":
+        """The config of a GGUF file, from its metadata. Raises DamagedFile, ConfigError."""
+        config = cls(**config_fields(path))
+        config._name_or_path = str(path)
+        return config
+
     def spec(self) -> ModelSpec:
         """The checked view of this config as it stands now, with overrides made after loading."""
         return parse_config(self)
@@ -92,9 +101,11 @@ def register_with_sglang() -> None:
     """Make SGLang's `get_config` end in `Step35HFConfig`. May be called again.
 
     SGLang reads the file with AutoConfig first (transformers' class dies there) and then once more with the class its
-    own registry holds for the model type, so both must be ours. The registry is one dict shared by its importers.
+    own registry holds for the model type, so both must be ours. The registry is one dict shared by its importers, and
+    so is the one of builders for GGUF files without a config.json beside them.
     """
-    from sglang.srt.utils.hf_transformers import common
+    from sglang.srt.utils.hf_transformers import common, gguf_native
 
     register_hf_config()
     common._CONFIG_REGISTRY[MODEL_TYPE] = Step35HFConfig
+    gguf_native.GGUF_NATIVE_CONFIG_BUILDERS[GGUF_ARCHITECTURE] = Step35HFConfig.from_gguf

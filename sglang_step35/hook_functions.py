@@ -71,6 +71,16 @@ def create_flashinfer_draft_backend(create, factory):
     return "flashinfer", Step35FlashInferBackend(factory.draft_model_runner)
 
 
+def get_model_loader(get_loader, load_config, model_config=None):
+    """Our loader for GGUF files of Step-3.5; SGLang's choice for everything else."""
+    loader = get_loader(load_config, model_config)
+    if model_config is None or load_config.load_format != "gguf" or not names.is_ours(model_config.hf_config):
+        return loader
+    from sglang_step35.packed.loader import Step35GGUFLoader
+
+    return Step35GGUFLoader(load_config)
+
+
 def serves_mtp(server_args) -> bool:
     """Whether these server arguments make our MTP worker serve."""
     from sglang.srt.arg_groups.model_override_base import model_config_of

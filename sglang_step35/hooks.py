@@ -16,6 +16,7 @@ _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
+_GGUF = "sglang.srt.utils.hf_transformers.gguf_native"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
@@ -59,7 +60,7 @@ def all_hooks() -> list[Hook]:
     from sglang.srt.platforms import current_platform
 
     by_platform = _portable_hooks() if current_platform.is_out_of_tree() else _cuda_hooks()
-    return [*_model_hooks(), *_cache_hooks(), *_http_hooks(), *by_platform]
+    return [*_model_hooks(), *_gguf_hooks(), *_cache_hooks(), *_http_hooks(), *by_platform]
 
 
 def _register_tree_core() -> None:
@@ -116,6 +117,43 @@ def _model_hooks() -> list[Hook]:
             hook_functions.create_flashinfer_draft_backend,
             why="the factory of draft backends does not ask the registry of attention backends",
             until="it does",
+        ),
+    ]
+
+
+def _gguf_hooks() -> list[Hook]:
+    """Opening GGUF files; SGLang's registry of configs holds ours without a hook."""
+    from sglang_step35.checkpoint import gguf_sglang
+
+    slow = "the gguf package's reader takes 16 s for a vocabulary of 128,896 tokens, in every process and for each step"
+    return [
+        Hook(
+            "sglang.srt.model_loader.loader.get_model_loader",
+            "around",
+            hook_functions.get_model_loader,
+            why="stock reads one file, copies every tensor and knows none of llama.cpp's conventions for this model",
+            until="a model class can name its loader",
+        ),
+        Hook(
+            f"{_GGUF}.read_gguf_architecture",
+            "around",
+            gguf_sglang.read_architecture,
+            why=f"{slow}, and stock passes over a damaged file in silence",
+            until="SGLang reads headers quickly and reports damage",
+        ),
+        Hook(
+            f"{_GGUF}.build_gguf_generation_config",
+            "around",
+            gguf_sglang.generation_config,
+            why=f"{slow}; stock knows no end of a turn without a key",
+            until="a native config builder also gives the generation config",
+        ),
+        Hook(
+            f"{_GGUF}.build_gguf_tokenizer",
+            "around",
+            gguf_sglang.tokenizer,
+            why="stock knows neither this model's pre-tokenizer nor added tokens that are no control tokens",
+            until="SGLang has a registry of GGUF tokenizers",
         ),
     ]
 

@@ -1,10 +1,21 @@
-"""What a checkpoint format must answer, whatever its files look like. No SGLang and no torch here.
+"""What a checkpoint format must answer, whatever its files look like. No SGLang here.
 
-SGLang reads the tensors themselves; the loader (`model/weights.py`) asks these questions about the files behind them.
-A new format is one subclass beside `safetensors.py` and one line in `formats.py`.
+The loader (`model/weights.py`) asks a `CheckpointFiles` about the files behind the tensors it takes. SGLang reads
+safetensors itself; a format it cannot read is a `TensorFiles`, which also yields the tensors. Either way the loader
+sees the published names, and checks that each tensor comes once and in its shape.
+A new format is one subclass beside `safetensors.py` and `gguf.py`, and one line in `formats.py`.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sglang_step35.packed.tensor import PackedTensor
 
 
 class DamagedFile(ValueError):
@@ -29,3 +40,14 @@ class CheckpointFiles(ABC):
     @abstractmethod
     def damaged(self) -> list[str]:
         """One sentence for each damaged or missing file."""
+
+
+class TensorFiles(CheckpointFiles):
+    """Files of a format that SGLang does not read."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor | PackedTensor]]:
+        """Every tensor under its published name and in its published meaning, mapped into memory.
+
+        What belongs to no published name comes under its own, for the loader to refuse. Raises DamagedFile.
+        """

@@ -76,6 +76,9 @@ MODEL: tuple[Rename, ...] = (
 # Last names that differ between checkpoint and parameter.
 LEAVES = {"router_bias": "bias"}
 
+# Parameters of layers whose weights stay packed, as SGLang's GGUF layers name them; the checkpoint says "weight".
+PACKED, PACKED_TYPE = "qweight", "qweight_type"
+
 # Parameters that SGLang derives after loading.
 DERIVED = ("blockscale_swizzled", "g_idx_sort_indices")
 

@@ -160,7 +160,7 @@ class Step3p5ForCausalLM(nn.Module):
         refresh(self)
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
-        """Weights [V, H] of the embedding and the head, this rank's vocabulary shard."""
+        """Weights [V, H] of the embedding and the head, this rank's vocabulary shard; not of packed ones."""
         return self.model.embed_tokens.weight, self.lm_head.weight
 
     @classmethod

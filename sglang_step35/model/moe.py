@@ -12,6 +12,7 @@ from sglang.srt.layers.moe import (
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from sglang.srt.layers.moe.utils import RoutingMethodType
+from sglang.srt.layers.quantization.gguf import GGUFConfig
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix
@@ -21,6 +22,7 @@ from sglang_step35.config import LayerSpec, MoESpec
 from sglang_step35.model.experts import PlainExperts, runs_plain_torch
 from sglang_step35.model.int4 import triton_method
 from sglang_step35.model.mlp import MLP
+from sglang_step35.packed.sglang_gguf import ClampedExperts
 
 
 def choose_experts(logits: Tensor, bias: Tensor | None, spec: MoESpec) -> tuple[Tensor, Tensor]:
@@ -96,7 +98,8 @@ class MoE(nn.Module):
         self.router.topk.bind_runner_backend(
             self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
         )
-        _check_runner(spec, layer.index, self.experts.runner_backend, self.router.topk)
+        clamps = getattr(self.experts.quant_method, "clamps_after_silu", False)
+        _check_runner(spec, layer.index, self.experts.runner_backend, self.router.topk, clamps)
         _check_groups(layer.index, self.experts)
 
         share_prefix = add_prefix("share_expert", prefix)
@@ -125,8 +128,6 @@ class MoE(nn.Module):
 def _experts(spec: MoESpec, layer_id: int, hidden_size: int, quant_config, prefix: str) -> nn.Module:
     """SGLang's layer for the routed experts."""
     prefix = add_prefix("experts", prefix)
-    plain = quant_config is None and runs_plain_torch()
-    method = PlainExperts() if plain else triton_method(quant_config, prefix)
     return get_moe_impl_class(quant_config)(
         num_experts=spec.num_experts + get_exec().moe.ep_num_redundant_experts,
         top_k=spec.top_k,
@@ -137,22 +138,31 @@ def _experts(spec: MoESpec, layer_id: int, hidden_size: int, quant_config, prefi
         prefix=prefix,
         routing_method_type=RoutingMethodType.SigmoidRenorm,
         gemm1_clamp_limit=spec.limit,
-        quant_method=method,
+        quant_method=_own_method(quant_config, prefix),
     )
 
 
-def _check_runner(spec: MoESpec, layer_id: int, backend, topk: TopK) -> None:
+def _own_method(quant_config, prefix: str):
+    """How to run the experts at `prefix` where SGLang's own choice would compute something else; None elsewhere."""
+    if quant_config is None:
+        return PlainExperts() if runs_plain_torch() else None
+    if isinstance(quant_config, GGUFConfig):
+        return ClampedExperts(quant_config)
+    return triton_method(quant_config, prefix)
+
+
+def _check_runner(spec: MoESpec, layer_id: int, backend, topk: TopK, clamps: bool = False) -> None:
     """Refuse a MoE runner that would silently compute something else; raises ValueError.
 
     Read in SGLang 0.5.23: only the Triton runner clamps after silu; the others clamp before it
-    or not at all. Runners that route by themselves know no selection bias.
+    or not at all. Runners that route by themselves know no selection bias. clamps: ours does so without a runner.
     """
     if topk.topk_config.output_format is not TopKOutputFormat.STANDARD:
         raise ValueError(
             f"the MoE runner {backend.value} routes without Step-3.5's selection bias: "
             f"start with --moe-runner-backend triton"
         )
-    if spec.limit is not None and (backend is None or not backend.is_triton()):
+    if spec.limit is not None and not clamps and (backend is None or not backend.is_triton()):
         raise ValueError(
             f"layer {layer_id} clamps its experts' SwiGLU at {spec.limit}, which the MoE runner "
             f"{getattr(backend, 'value', backend)} does not do: start with --moe-runner-backend triton"

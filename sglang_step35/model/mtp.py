@@ -30,7 +30,7 @@ from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.shared_tables import SharedTables
-from sglang_step35.model.vocab import PACKED_MODULES, name_parts
+from sglang_step35.model.vocab import PACKED_MODULES, keeps_packed, name_parts
 from sglang_step35.model.weights import load_mtp, refresh
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,11 @@ class MTPLayer(nn.Module):
         size, eps = spec.hidden_size, spec.rms_norm_eps
         self.enorm = RMSNorm(size, eps)
         self.hnorm = RMSNorm(size, eps)
-        self.eh_proj = ReplicatedLinear(2 * size, size, bias=False)
+        # Quantised checkpoints leave it in BF16, but for those that pack everything.
+        packed = quant_config if keeps_packed(quant_config) else None
+        self.eh_proj = ReplicatedLinear(
+            2 * size, size, bias=False, quant_config=packed, prefix=add_prefix("eh_proj", prefix)
+        )
         # A stack of its own: the layer starts and ends the residual stream.
         with layer_stack():
             self.block = DecoderLayer(spec, layer, rows, kv_layer=depth, quant_config=quant_config, prefix=prefix)
@@ -72,7 +76,7 @@ class Step3p5MTP(nn.Module):
 
     SGLang's multi-layer EAGLE builds a draft model for each step; this one is built once and run
     layer by layer with `forward_layer` and `compute_logits`. The embedding and the heads are the
-    backbone's wherever the checkpoint's copies equal them, see `set_embed_and_head`.
+    backbone's wherever the checkpoint's copies equal them, see `share_with`.
     """
 
     packed_modules_mapping = PACKED_MODULES
@@ -100,7 +104,7 @@ class Step3p5MTP(nn.Module):
             )
             for depth, layer in enumerate(self.spec.mtp_layers)
         )
-        self.tables = SharedTables(self.spec, self.num_mtp_layers)
+        self.tables = SharedTables(self.spec, self.num_mtp_layers, self.quant_config)
         self.logits_processor = LogitsProcessor(config)
         self.start_layer, self.end_layer = 0, self.num_mtp_layers
         self.weights_loaded = False
@@ -171,16 +175,12 @@ class Step3p5MTP(nn.Module):
         refresh(self)
 
     def share_with(self, target_model: nn.Module) -> dict[str, str]:
-        """`set_embed_and_head` with the weights of the backbone's model."""
-        return self.set_embed_and_head(*target_model.get_embed_and_head())
-
-    def set_embed_and_head(self, embed: Tensor, head: Tensor) -> dict[str, str]:
-        """Use the backbone's embedding and head [V of this rank, H] instead of equal copies.
+        """Use the embedding and head of the backbone's model instead of equal copies.
 
         Must be called before the first forward. Copies in the checkpoint that differ are kept as
         parameters of this model. Returns what each layer uses, e.g. {"layer 0 head": "own"}.
         """
-        report = self.tables.resolve(embed, head)
+        report = self.tables.resolve(target_model.get_input_embeddings(), target_model.lm_head)
         own = [use for use, source in report.items() if source != "backbone"]
         logger.info("MTP layers use their own %s", ", ".join(own) if own else "nothing: all shared")
         return report
@@ -191,7 +191,7 @@ def _mtp_quant_config(config, spec: ModelSpec, quant_config):
 
     Published quantised checkpoints keep these layers in BF16 and need not say so in their config.
     """
-    if quant_config is None or not spec.mtp_layers:
+    if quant_config is None or not spec.mtp_layers or keeps_packed(quant_config):
         return quant_config
     if not getattr(quant_config, "is_checkpoint_fp8_serialized", True):
         return quant_config  # quantised while loading, whatever the checkpoint holds

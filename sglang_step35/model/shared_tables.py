@@ -13,7 +13,10 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from sglang_step35.config import ModelSpec
-from sglang_step35.model.vocab import embedding, output_head
+from sglang_step35.model.vocab import embedding, keeps_packed, output_head
+from sglang_step35.packed.parameter import PackedParameter
+from sglang_step35.packed.sglang_gguf import load_table
+from sglang_step35.packed.tensor import PackedTensor
 
 BLOCK_ROWS = 4096  # rows compared at a time; the first differing block ends the comparison
 BACKBONE = "backbone"
@@ -27,18 +30,20 @@ class SharedTables(nn.Module):
     mapped into memory.
     """
 
-    def __init__(self, spec: ModelSpec, num_layers: int):
+    def __init__(self, spec: ModelSpec, num_layers: int, quant_config=None):
         super().__init__()
+        packed = quant_config if keeps_packed(quant_config) else None
         self._makers: dict[str, Callable[[], VocabParallelEmbedding]] = {
-            "embedding": lambda: embedding(spec),
-            "head": lambda: output_head(spec),
+            "embedding": lambda: embedding(spec, packed),
+            "head": lambda: output_head(spec, packed),
         }
         self._num_layers = num_layers
-        # Shells without a weight: built on the meta device, filled with the backbone's tensors.
+        self._dtype = torch.get_default_dtype()
+        # Shells without a weight: built on the meta device, given the backbone's parameters.
         self.backbone = nn.ModuleDict({kind: _shell(make) for kind, make in self._makers.items()})
         self.own = nn.ModuleDict()
         self._used: dict[tuple[int, str], VocabParallelEmbedding] = {}
-        self._pending: dict[tuple[int, str], Tensor] = {}
+        self._pending: dict[tuple[int, str], Tensor | PackedTensor] = {}
 
     def embedding(self, depth: int) -> VocabParallelEmbedding:
         return self._table(depth, "embedding")
@@ -46,19 +51,21 @@ class SharedTables(nn.Module):
     def head(self, depth: int) -> VocabParallelEmbedding:
         return self._table(depth, "head")
 
-    def keep(self, copies: dict[tuple[int, str], Tensor]) -> None:
+    def keep(self, copies: dict[tuple[int, str], Tensor | PackedTensor]) -> None:
         """Note the checkpoint's copies, (depth, kind) -> [V, H]; a later load replaces them."""
         self._pending.update(copies)
         if self._used:
-            self.resolve(self.backbone["embedding"].weight, self.backbone["head"].weight)
+            self.resolve(self.backbone["embedding"], self.backbone["head"])
 
-    def resolve(self, embed: Tensor, head: Tensor) -> dict[str, str]:
+    def resolve(self, embed: VocabParallelEmbedding, head: VocabParallelEmbedding) -> dict[str, str]:
         """Take the backbone's tables and drop equal copies.
 
         Returns {"layer 0 embedding": "backbone" | "own" | "layer j's own"}.
         """
-        for kind, weight in (("embedding", embed), ("head", head)):
-            self.backbone[kind].weight = _as_parameter(weight)
+        for kind, table in (("embedding", embed), ("head", head)):
+            self.backbone[kind].quant_method = table.quant_method
+            for name, parameter in table.named_parameters(recurse=False):
+                setattr(self.backbone[kind], name, parameter)
         report = {}
         for depth in range(self._num_layers):
             for kind in ("embedding", "head"):
@@ -79,12 +86,17 @@ class SharedTables(nn.Module):
         yield self.backbone[kind]
         yield from (self.own[_key(d, kind)] for d in range(depth) if _key(d, kind) in self.own)
 
-    def _own(self, depth: int, kind: str, copy: Tensor) -> VocabParallelEmbedding:
+    def _own(self, depth: int, kind: str, copy: Tensor | PackedTensor) -> VocabParallelEmbedding:
         """A table of the layer's own, filled with this rank's part of `copy`."""
-        like = self.backbone[kind].weight
-        with _construction(like.dtype, like.device):
+        like = next(self.backbone[kind].parameters())
+        with _construction(self._dtype, like.device):
             table = self._makers[kind]()
-        table.weight.weight_loader(table.weight, copy)
+        if not isinstance(copy, PackedTensor):
+            table.weight.weight_loader(table.weight, copy)
+        elif isinstance(table.qweight, PackedParameter):
+            table.qweight.fill(None, copy)
+        else:
+            load_table(table, copy, self._dtype)
         self.own[_key(depth, kind)] = table
         return table
 
@@ -110,17 +122,19 @@ def _key(depth: int, kind: str) -> str:
 def _shell(make: Callable[[], VocabParallelEmbedding]) -> VocabParallelEmbedding:
     with torch.device("meta"):
         table = make()
-    del table.weight
-    table.register_parameter("weight", None)
+    for name, _ in list(table.named_parameters(recurse=False)):
+        setattr(table, name, None)
+    table.quant_method = None  # else SGLang would process its weights after loading
     return table
 
 
-def _as_parameter(weight: Tensor) -> nn.Parameter:
-    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+def _equal(table: VocabParallelEmbedding, copy: Tensor | PackedTensor) -> bool:
+    """Whether this rank's rows of `copy` [V, H], in the table's dtype, are the table's bit by bit.
 
-
-def _equal(table: VocabParallelEmbedding, copy: Tensor) -> bool:
-    """Whether this rank's rows of `copy` [V, H], in the table's dtype, are the table's bit by bit."""
+    Packed ones must be of the same type; those in SGLang's own GGUF layers are not compared.
+    """
+    if isinstance(copy, PackedTensor):
+        return isinstance(table.qweight, PackedParameter) and table.qweight.rows()[0].equals(copy)
     start = table.shard_indices.org_vocab_start_index
     rows = table.shard_indices.org_vocab_end_index - start
     weight, copy = table.weight.data, copy[start : start + rows]

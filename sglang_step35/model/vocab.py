@@ -19,6 +19,11 @@ def name_parts(quant_config) -> None:
         quant_config.update_packed_modules_mapping(PACKED_MODULES)
 
 
+def keeps_packed(quant_config) -> bool:
+    """Whether every linear layer, the experts and the vocabulary's tables keep the file's packed rows (GGUF)."""
+    return quant_config is not None and quant_config.get_name() == "gguf"
+
+
 def embedding(spec: ModelSpec, quant_config=None, prefix: str = "") -> VocabParallelEmbedding:
     """The input embedding [V, H]; whole on each rank under data-parallel attention."""
     return VocabParallelEmbedding(

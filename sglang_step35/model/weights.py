@@ -23,6 +23,8 @@ from sglang_step35.checkpoint.names import (
     MODEL,
     MTP_LAYER,
     OPTIONAL,
+    PACKED,
+    PACKED_TYPE,
     Rename,
     TensorName,
     model_shapes,
@@ -32,6 +34,10 @@ from sglang_step35.checkpoint.names import (
 from sglang_step35.config import LayerSpec
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import QKNormRope
+from sglang_step35.model.vocab import keeps_packed
+from sglang_step35.packed.parameter import PackedParameter
+from sglang_step35.packed.sglang_gguf import as_sglang_takes_it
+from sglang_step35.packed.tensor import PackedTensor
 
 SHOWN = 5  # tensors named in one message
 OUTSIDE = None  # the "layer" of tensors outside the layers
@@ -138,7 +144,8 @@ class _Loader:
     def __init__(self, model: nn.Module, owners: Mapping[int | None, Owner], files: CheckpointFiles):
         self.parameters = dict(model.named_parameters())
         self.block = getattr(model.quant_config, "weight_block_size", None)
-        self.checks_shapes = model.quant_config is None or self.block is not None
+        packed = keeps_packed(model.quant_config)
+        self.checks_shapes = model.quant_config is None or self.block is not None or packed
         self.owners = owners
         self.files = files
         self.copies: dict[tuple[int, str], Tensor] = {}
@@ -164,10 +171,12 @@ class _Loader:
             )
         self._check(name, tensor, parts, owner)
         if copy is not None:
-            self.copies[parts.layer, copy] = tensor.cpu()
+            self.copies[parts.layer, copy] = tensor if isinstance(tensor, PackedTensor) else tensor.cpu()
+        elif parts.leaf == "weight" and f"{owner.prefix}{entry.target}{PACKED}" in self.parameters:
+            self._fill_packed(name, tensor, parts, entry, owner.prefix + entry.target)
         else:
             target = owner.prefix + entry.target + LEAVES.get(parts.leaf, parts.leaf)
-            self._fill(name, tensor, parts, entry, target)
+            self._fill_plain(name, tensor, parts, entry, target)
 
     def check_complete(self) -> None:
         """Raise WeightError unless every part of every parameter was filled."""
@@ -198,17 +207,17 @@ class _Loader:
 
     def _leaves(self, target: str) -> list[str]:
         """Last checkpoint names of the parameters that begin with `target`."""
-        back = {ours: theirs for theirs, ours in LEAVES.items()}
+        back = {ours: theirs for theirs, ours in LEAVES.items()} | dict.fromkeys((PACKED, PACKED_TYPE), "weight")
         leaves = (name.removeprefix(target) for name in self.parameters if name.startswith(target))
         return [back.get(leaf, leaf) for leaf in leaves if "." not in leaf and leaf not in DERIVED]
 
-    def _check(self, name: str, tensor: Tensor, parts: TensorName, owner: Owner) -> None:
+    def _check(self, name: str, tensor: Tensor | PackedTensor, parts: TensorName, owner: Owner) -> None:
         """Raise WeightError for a second copy or a wrong shape."""
         key = parts.layer, _full_name(parts.layer, parts.module, parts.leaf)
         if self.filled[key] & self._experts(parts, owner):
             raise WeightError(
                 f"{self.files.describe(name)} occurs twice: remove the file that does not belong to "
-                f"the checkpoint, or restore model.safetensors.index.json"
+                f"the checkpoint, or restore its index"
             )
         wanted = self._shape(parts, owner) if self.checks_shapes else None
         entry = owner.renames.get(parts.module)
@@ -243,14 +252,30 @@ class _Loader:
             shape = (*shape[:-2], rows, columns)
         return shape
 
-    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, target: str) -> None:
-        """Hand the tensor to SGLang's loader of the parameter `target`, which takes this rank's part."""
-        parameter = self.parameters[target]
-        if parts.leaf == "weight" and _is_quantised(tensor) and not _is_quantised(parameter):
+    def _fill_plain(self, name: str, tensor, parts: TensorName, entry: Rename, target: str) -> None:
+        """A parameter whose layer computes with it as it stands: packed rows are unpacked."""
+        if isinstance(tensor, PackedTensor):
+            tensor = tensor.dequantize()
+        if parts.leaf == "weight" and _is_quantised(tensor) and not _is_quantised(self.parameters[target]):
             raise WeightError(
                 f"{self.files.describe(name)} is {tensor.dtype}, but this layer is not quantised: "
                 f"config.json lacks the checkpoint's quantization_config, or it excludes the layer"
             )
+        self._fill(name, tensor, parts, entry, target)
+
+    def _fill_packed(self, name: str, tensor: PackedTensor, parts: TensorName, entry: Rename, target: str) -> None:
+        """A layer that keeps the rows packed: ours takes them as they are, SGLang's the type before the bytes."""
+        parameter = self.parameters[target + PACKED]
+        if isinstance(parameter, PackedParameter):
+            parameter.fill(entry.shard, tensor)
+            return
+        kind, weight = as_sglang_takes_it(tensor, torch.get_default_dtype())
+        self._fill(name, kind, parts, entry, target + PACKED_TYPE)
+        self._fill(name, weight, parts, entry, target + PACKED)
+
+    def _fill(self, name: str, tensor: Tensor, parts: TensorName, entry: Rename, target: str) -> None:
+        """Hand the tensor to SGLang's loader of the parameter `target`, which takes this rank's part."""
+        parameter = self.parameters[target]
         load = getattr(parameter, "weight_loader", default_weight_loader)
         try:
             if entry.routed:

@@ -17,7 +17,7 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
-    supported_quantization: list[str] = []
+    supported_quantization: list[str] = ["gguf"]
     capabilities = PlatformCapabilities()
 
     def get_dispatch_key_name(self) -> str:
@@ -32,6 +32,13 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_step35.platform.kv_pool import PortableMHATokenToKVPool
 
         return PortableMHATokenToKVPool
+
+    def get_quantization_config(self, quantization: str) -> type | None:
+        if quantization != "gguf":
+            return None
+        from sglang_step35.packed.methods import PackedConfig
+
+        return PackedConfig
 
     def apply_server_args_defaults(self, server_args) -> None:
         """Defaults that a user's own flag overrides.

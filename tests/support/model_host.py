@@ -41,7 +41,19 @@ def load(directory: Path, draft: bool = False, dtype: str = "float32") -> nn.Mod
     if publish_role() is None:
         start_runtime(directory)
     config = ModelConfig(str(directory), is_draft_model=draft, dtype=dtype)
-    loader = get_model_loader(LoadConfig(), config)
+    return _load(LoadConfig(), config)
+
+
+def load_gguf(file: Path, draft: bool = False, dtype: str = "float32") -> nn.Module:
+    """`load` for a GGUF file."""
+    if publish_role() is None:
+        start_runtime(file)
+    config = ModelConfig(str(file), is_draft_model=draft, dtype=dtype, quantization="gguf")
+    return _load(LoadConfig(load_format="gguf"), config)
+
+
+def _load(load_config: LoadConfig, config: ModelConfig) -> nn.Module:
+    loader = get_model_loader(load_config, config)
     return loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
 
 
@@ -92,7 +104,8 @@ def run(model: nn.Module, ids: list[int]):
 def all_logits(model: nn.Module, ids: list[int]) -> Tensor:
     """Logits [T, V] of every position of the backbone."""
     states = run(model, ids).hidden_states
-    return model.model.norm(states) @ model.lm_head.weight[: model.spec.vocab_size].T
+    head = model.lm_head
+    return head.quant_method.apply(head, model.model.norm(states))[:, : model.spec.vocab_size]
 
 
 @torch.inference_mode()

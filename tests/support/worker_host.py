@@ -105,7 +105,9 @@ def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: boo
     )
     monkeypatch.setattr(worker, "get_spec", lambda: spec)
     monkeypatch.setattr(eagle_info, "get_spec", lambda: spec)
-    monkeypatch.setattr(worker, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1, pp_size=1, tp_rank=0, tp_group=None))
+    monkeypatch.setattr(
+        worker, "get_parallel", lambda: SimpleNamespace(attn_dp_size=1, pp_size=1, tp_rank=0, tp_group=None)
+    )
     monkeypatch.setattr(worker, "attention_backends", lambda: ("torch_native",) * 2)
     monkeypatch.setattr(worker, "MTPDraftWorker", DraftWorker)
     monkeypatch.setattr(draft, "ForwardBatch", SimpleNamespace(init_new=forward_batch))

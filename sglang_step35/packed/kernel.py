@@ -1,0 +1,62 @@
+"""Multiplying by packed weights: the one interface a faster kernel has to implement.
+
+Plain torch: a block of rows is unpacked to float32, multiplied and dropped, so that no float copy of a whole matrix
+exists. Letters: T tokens, k chosen experts of a token, E experts, H hidden size, I intermediate size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_step35.model.mlp import swiglu
+from sglang_step35.packed.tensor import PackedTensor
+
+BLOCK_WEIGHTS = 1 << 20  # unpacked at a time: 4 MB of float32, which stays in a CPU's cache
+
+
+def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
+    """x [T, columns] times the transpose of the parts [rows, columns], one below the other -> [T, all rows].
+
+    Computed in float32, returned in x's dtype. The parts of a fused layer may have different types.
+    """
+    wide = x.float()
+    out = [F.linear(wide, block.dequantize()) for part in parts for block in _row_blocks(part)]
+    return torch.cat(out, dim=-1).to(x.dtype)
+
+
+def gather(ids: Tensor, table: PackedTensor) -> Tensor:
+    """Rows ids [...] of the table [V, H] -> [..., H] float32."""
+    return table[ids].dequantize()
+
+
+def experts(
+    x: Tensor,
+    gate: PackedTensor,
+    up: PackedTensor,
+    down: PackedTensor,
+    weights: Tensor,
+    ids: Tensor,
+    limit: float | None,
+) -> Tensor:
+    """sum_j weights[t, j] * expert ids[t, j] of x[t], in x's dtype; each chosen expert is unpacked once.
+
+    x: [T, H]. gate, up: [E, I, H]. down: [E, H, I]. weights: [T, k] float32. ids: [T, k], -1 for none.
+    """
+    wide = x.float()
+    out = torch.zeros_like(wide)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        rows = wide[token]
+        hidden = swiglu(linear(rows, (gate[expert],)), linear(rows, (up[expert],)), limit)
+        out.index_add_(0, token, linear(hidden, (down[expert],)) * weights[token, slot].unsqueeze(-1))
+    return out.to(x.dtype)
+
+
+def _row_blocks(part: PackedTensor):
+    rows, columns = part.shape
+    step = max(1, BLOCK_WEIGHTS // columns)
+    return (part[start : start + step] for start in range(0, rows, step))

@@ -1,0 +1,127 @@
+"""SGLang's quantisation methods over packed weights, for platforms without its kernels.
+
+Parameters are named as SGLang names those of its own GGUF methods: `qweight`, `w13_qweight`, `w2_qweight`.
+Letters: T tokens, H hidden size.
+"""
+
+import torch
+from sglang.srt.layers.linear import LinearBase, QKVParallelLinear
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.quantization.base_config import (
+    FusedMoEMethodBase,
+    LinearMethodBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.runtime_context import get_parallel
+from torch import Tensor, nn
+
+from sglang_step35.packed import kernel
+from sglang_step35.packed.parameter import PackedParameter
+
+
+class PackedConfig(QuantizationConfig):
+    """GGUF on the portable platform: every linear layer, the routed experts, the embedding and the head."""
+
+    def get_name(self) -> str:
+        return "gguf"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict) -> "PackedConfig":
+        return cls()
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if get_parallel().tp_size > 1:
+            raise ValueError("packed weights are not split over ranks on this platform: start with --tp-size 1")
+        if isinstance(layer, LinearBase):
+            return PackedLinear()
+        if isinstance(layer, VocabParallelEmbedding):
+            return PackedTable()
+        return PackedExperts() if isinstance(layer, FusedMoE) else None
+
+
+class PackedLinear(LinearMethodBase):
+    """x times a packed matrix, or several that SGLang fuses into one layer."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_attributes,
+    ) -> None:
+        layer.register_parameter("qweight", PackedParameter.of(*_parts(layer, len(output_partition_sizes))))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, columns] -> [T, rows]."""
+        out = kernel.linear(x, layer.qweight.rows())
+        return out if bias is None else out + bias
+
+
+class PackedTable(PackedLinear):
+    """The embedding and the head [V, H]; `apply` gives the head's logits."""
+
+    def create_weights(self, layer: nn.Module, *sizes, params_dtype: torch.dtype, **attributes) -> None:
+        super().create_weights(layer, *sizes, params_dtype=params_dtype, **attributes)
+        layer.params_dtype = params_dtype
+
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, H] in the model's dtype."""
+        (table,) = layer.qweight.rows()
+        return kernel.gather(ids, table).to(layer.params_dtype)
+
+
+class PackedExperts(FusedMoEMethodBase):
+    """The routed experts, stacked [E, rows, columns] as the file has them."""
+
+    clamps_after_silu = True
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **_attributes,
+    ) -> None:
+        if get_parallel().moe_ep_size > 1 or num_experts != layer.num_global_routed_experts:
+            raise ValueError("packed experts are neither split over ranks nor copied: start with --ep-size 1, no EPLB")
+        layer.register_parameter("w13_qweight", PackedParameter.of("w1", "w3"))
+        layer.register_parameter("w2_qweight", PackedParameter.of("w2"))
+
+    def create_moe_runner(self, layer: nn.Module, moe_runner_config) -> None:
+        self.moe_runner_config = moe_runner_config
+
+    def apply(self, layer: nn.Module, dispatch_output) -> StandardCombineInput:
+        weights, ids, *_ = dispatch_output.topk_output
+        (gate, up), (down,) = layer.w13_qweight.rows(), layer.w2_qweight.rows()
+        limit = self.moe_runner_config.gemm1_clamp_limit
+        out = kernel.experts(dispatch_output.hidden_states, gate, up, down, weights, ids, limit)
+        return StandardCombineInput(hidden_states=out)
+
+
+def _parts(layer: nn.Module, count: int) -> tuple[str | int | None, ...]:
+    """What SGLang calls the parts of this layer."""
+    if isinstance(layer, QKVParallelLinear):
+        return ("q", "k", "v")
+    return (None,) if count == 1 else tuple(range(count))
