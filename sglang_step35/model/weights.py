@@ -7,7 +7,7 @@ server with a message that names the tensor, its file and the remedy.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
@@ -32,6 +32,7 @@ from sglang_step35.checkpoint.names import (
 from sglang_step35.config import LayerSpec
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import QKNormRope
+from sglang_step35.model.unpack import PACKED, Unpacker
 
 SHOWN = 5  # tensors named in one message
 OUTSIDE = None  # the "layer" of tensors outside the layers
@@ -77,8 +78,8 @@ def load_backbone(model: nn.Module, weights: Iterable[tuple[str, Tensor]], compl
 def load_mtp(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: bool) -> dict[tuple[int, str], Tensor]:
     """Fill a Step3p5MTP; the backbone and surplus MTP layers are passed over.
 
-    Returns the layers' own copies of embedding and head, as they lie in the checkpoint (on the
-    CPU, normally still unread): (depth, "embedding" | "head") -> [V, H]. Raises WeightError.
+    Returns the layers' own copies of embedding and head, as they lie in the checkpoint (on the CPU, normally still
+    unread): (depth, "embedding" | "head") -> [V, H]. Raises WeightError.
     """
     owners = {
         layer.index: Owner.of(f"layers.{depth}.", MTP_LAYER, model.spec, layer)
@@ -144,6 +145,7 @@ class _Loader:
         self.copies: dict[tuple[int, str], Tensor] = {}
         self.filled: dict[tuple[int | None, str], set[int | None]] = defaultdict(set)
         self.needed = self._needed()
+        self.unpacker = Unpacker()
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Put one checkpoint tensor where it belongs, or pass over another rank's or model's."""
@@ -151,6 +153,11 @@ class _Loader:
         owner = self.owners.get(parts.layer)
         if owner is None or parts.leaf == "inv_freq":
             return
+        if self._is_packed(parts):
+            matrix = self.unpacker.add(name.rpartition(".")[0], parts.leaf, tensor)
+            if matrix is None:
+                return
+            tensor, parts = matrix, replace(parts, leaf="weight")
         copy = COPIES.get(f"{parts.module}.{parts.leaf}") if parts.layer is not OUTSIDE else None
         entry = owner.renames.get(parts.module)
         key = parts.layer, _full_name(parts.layer, parts.module, parts.leaf)
@@ -158,9 +165,8 @@ class _Loader:
             if parts.layer is OUTSIDE and entry:
                 return  # another pipeline rank's, or a head tied to the embedding
             raise WeightError(
-                f"{self.files.describe(name)} belongs to nothing in this model: config.json and the "
-                f"weights do not fit each other. A quantised checkpoint needs the "
-                f"quantization_config it was published with."
+                f"{self.files.describe(name)} belongs to nothing in this model: config.json and the weights do not "
+                f"fit each other. A quantised checkpoint needs the quantization_config it was published with."
             )
         self._check(name, tensor, parts, owner)
         if copy is not None:
@@ -168,6 +174,15 @@ class _Loader:
         else:
             target = owner.prefix + entry.target + LEAVES.get(parts.leaf, parts.leaf)
             self._fill(name, tensor, parts, entry, target)
+
+    def _is_packed(self, parts: TensorName) -> bool:
+        """Whether the tensor is part of a packed matrix where our layer holds a plain one."""
+        ours, plain = (_full_name(parts.layer, parts.module, leaf) for leaf in (parts.leaf, "weight"))
+        return (
+            parts.leaf in PACKED
+            and (parts.layer, ours) not in self.needed
+            and self.needed.get((parts.layer, plain)) == {None}
+        )
 
     def check_complete(self) -> None:
         """Raise WeightError unless every part of every parameter was filled."""
