@@ -18,8 +18,8 @@ from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
 from sglang_step35.config import LayerSpec, MoESpec
+from sglang_step35.model import int4
 from sglang_step35.model.experts import PlainExperts, runs_plain_torch
-from sglang_step35.model.int4 import triton_method
 from sglang_step35.model.mlp import MLP
 
 
@@ -126,7 +126,7 @@ def _experts(spec: MoESpec, layer_id: int, hidden_size: int, quant_config, prefi
     """SGLang's layer for the routed experts."""
     prefix = add_prefix("experts", prefix)
     plain = quant_config is None and runs_plain_torch()
-    method = PlainExperts() if plain else triton_method(quant_config, prefix)
+    method = PlainExperts() if plain else int4.triton_method(quant_config, prefix)
     return get_moe_impl_class(quant_config)(
         num_experts=spec.num_experts + get_exec().moe.ep_num_redundant_experts,
         top_k=spec.top_k,
@@ -180,11 +180,13 @@ def _routed_output_is_complete() -> bool:
 
 
 def _cannot_shard(size: int, quant_config, prefix: str) -> bool:
-    """Whether the shared expert's width per rank is no multiple of the quantisation block.
+    """Whether the shared expert's width per rank is no multiple of what its kernels take at once.
 
     1280 wide in blocks of 128 does not split over 4 ranks or more.
     """
     block = getattr(quant_config, "weight_block_size", None)
+    if block is None and quant_config is not None and quant_config.get_name() in (*int4.NAMES, "compressed_tensors"):
+        block = (int4.MARLIN_COLUMNS,)
     ranks = get_parallel().tp_size
     if block is None or ranks == 1 or size // ranks % max(block) == 0:
         return False
