@@ -10,6 +10,7 @@ from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Config, MoeWNA16Met
 
 NAMES = ("gptq_marlin", "awq", "awq_marlin", "auto-round")  # `QuantizationConfig.get_name`
 UNQUANTISED_BITS = 16
+MARLIN_COLUMNS = 128  # input columns of a rank that SGLang's 4-bit linear layers need a multiple of
 
 
 class _FusedMoEPlace:

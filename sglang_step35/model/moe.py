@@ -19,8 +19,8 @@ from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
 from sglang_step35.config import LayerSpec, MoESpec
+from sglang_step35.model import int4
 from sglang_step35.model.experts import PlainExperts, runs_plain_torch
-from sglang_step35.model.int4 import triton_method
 from sglang_step35.model.mlp import MLP
 from sglang_step35.packed.sglang_gguf import ClampedExperts
 
@@ -148,7 +148,7 @@ def _own_method(quant_config, prefix: str):
         return PlainExperts() if runs_plain_torch() else None
     if isinstance(quant_config, GGUFConfig):
         return ClampedExperts(quant_config)
-    return triton_method(quant_config, prefix)
+    return int4.triton_method(quant_config, prefix)
 
 
 def _check_runner(spec: MoESpec, layer_id: int, backend, topk: TopK, clamps: bool = False) -> None:
@@ -190,11 +190,13 @@ def _routed_output_is_complete() -> bool:
 
 
 def _cannot_shard(size: int, quant_config, prefix: str) -> bool:
-    """Whether the shared expert's width does not divide by the ranks, or not into whole quantisation blocks.
+    """Whether the shared expert's width does not divide by the ranks, or not into what its kernels take at once.
 
     1280 wide in blocks of 128 does not split over 4 ranks or more.
     """
     block = getattr(quant_config, "weight_block_size", None)
+    if block is None and quant_config is not None and quant_config.get_name() in (*int4.NAMES, "compressed_tensors"):
+        block = (int4.MARLIN_COLUMNS,)
     ranks = get_parallel().tp_size
     if size % ranks:
         return True

@@ -54,18 +54,6 @@ def capture_graphs(runner, num_layers: int):
     return MTPGraphRunner(runner, num_layers)
 
 
-def fit_draft_attention(backend, rows: int) -> None:
-    """Let the attention of captured draft passes expect `rows` rows of each request.
-
-    SGLang's Triton backend takes the verify width for it (layers/attention/triton_backend.py); the others take the rows
-    from the batch. The backend serves draft passes alone, see `attach_draft_attention`.
-    """
-    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-    if isinstance(backend, TritonAttnBackend):
-        backend.num_draft_tokens = rows
-
-
 def host_reads_are_free(device: torch.device) -> bool:
     """Whether the host may read a tensor without waiting for a stream of kernels."""
     return device.type == "cpu"

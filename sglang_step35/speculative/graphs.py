@@ -28,7 +28,6 @@ from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backen
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 from torch import Tensor
 
-from sglang_step35.speculative.device import fit_draft_attention
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.settings import MTPSettings
 
@@ -121,7 +120,7 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         self._set_what_the_capture_loop_reads()
         self.capture_bs, _ = get_batch_sizes_to_capture(runner)
         self.max_bs = max(self.capture_bs)
-        fit_draft_attention(self.attn_backend, width)
+        _fit_attention(self.attn_backend, width)
         self.attn_backend.init_cuda_graph_state(self.max_bs, self.max_bs * width)
         # A window of all its rows, so that even a dummy request has keys for each.
         self.seq_len_fill_value = width
@@ -259,6 +258,18 @@ class CapturedPass:
     def put(self, layer: int, drafts: Tensor) -> None:
         """Let the next layer read these drafts [B]."""
         self.graphs.buffers.line[self.draft_at + layer] = drafts
+
+
+def _fit_attention(backend, rows: int) -> None:
+    """Let the draft's attention expect `rows` rows of each request.
+
+    SGLang's Triton backend takes the verify width for it (layers/attention/triton_backend.py), others what the batch
+    says. The backend serves no other passes, see `device.attach_draft_attention`.
+    """
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    if isinstance(backend, TritonAttnBackend):
+        backend.num_draft_tokens = rows
 
 
 def _key(size: int, layer: int) -> ShapeKey:

@@ -145,6 +145,15 @@ def test_shared_expert_of_an_fp8_checkpoint(monkeypatch, ranks, ignored, whole):
     assert not moe._cannot_shard(1280, None, "model.layers.3.share_expert")
 
 
+@pytest.mark.parametrize("ranks, whole", [(1, False), (2, False), (4, True), (8, True)])
+@pytest.mark.parametrize("name", ["auto-round", "gptq_marlin", "awq_marlin", "compressed_tensors"])
+def test_shared_expert_of_a_4_bit_checkpoint(monkeypatch, ranks, whole, name):
+    """Marlin takes 128 input columns at once."""
+    monkeypatch.setattr(moe, "get_parallel", lambda: SimpleNamespace(tp_size=ranks))
+    quant = SimpleNamespace(get_name=lambda: name)
+    assert moe._cannot_shard(1280, quant, "model.layers.3.share_expert") is whole
+
+
 # Experts.
 
 

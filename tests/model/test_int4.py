@@ -23,7 +23,7 @@ from tests.support.checkpoints import CheckpointShape, make_checkpoint
 
 # Marlin's linear kernels want 128 columns; layers 3 .. 5 have experts, 4 and 5 clamp them.
 SHAPE = CheckpointShape(
-    num_layers=6, hidden_size=128, heads=4, sliding_heads=8, head_dim=32, dense_size=128, experts=4, top_k=2,
+    num_layers=6, hidden_size=128, heads=8, sliding_heads=16, head_dim=16, dense_size=128, experts=8, top_k=2,
     expert_size=128, shared_size=128, dtype="bfloat16",
 )  # fmt: skip
 NAMES = list(int4.formats(32))
@@ -55,9 +55,9 @@ def build(cls, directory, config: dict, quantisation: str, runner: str = "triton
         flags.runner_backend = before
 
 
-def checkpoint(directory, form: int4.Format, group: int):
+def checkpoint(directory, form: int4.Format, group: int, also: bool = False):
     weights = load_file(directory / "model.safetensors")
-    return int4.quantise(weights, form, group, SHAPE.num_layers)
+    return int4.quantise(weights, form, group, SHAPE.num_layers, also)
 
 
 @pytest.mark.parametrize("group", [32, 128])
@@ -97,6 +97,22 @@ def test_no_flag_is_needed_where_sglang_would_pick_marlin(directory, name):
     form = int4.formats(128)[name]
     model = build(Step3p5ForCausalLM, directory, form.config, form.quantisation, runner="auto")
     assert model.model.layers[4].mlp.experts.runner_backend.is_triton()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_gates_and_routers_are_unpacked(directory, name):
+    """No kernel takes the published head gates, of 64 or 96 rows, and we keep the router in float32."""
+    form = int4.formats(32)[name]
+    weights, meaning = checkpoint(directory, form, 32, also=True)
+    model = build(Step3p5ForCausalLM, directory, form.config, form.quantisation)
+    model.load_weights(weights.items())
+    layer = model.model.layers[4]
+    assert torch.equal(layer.self_attn.g_proj.weight, meaning["model.layers.4.self_attn.g_proj"].bfloat16())
+    assert torch.equal(layer.mlp.router.gate.weight, meaning["model.layers.4.moe.gate"])
+    scale = "weight_scale" if form.packing == "compressed" else "scales"
+    del weights[f"model.layers.4.self_attn.g_proj.{scale}"]
+    with pytest.raises(WeightError, match=r"lacks model\.layers\.4\.self_attn\.g_proj\.weight"):
+        build(Step3p5ForCausalLM, directory, form.config, form.quantisation).load_weights(weights.items())
 
 
 def test_layers_left_unquantised_stay_so(directory):

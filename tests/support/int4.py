@@ -14,6 +14,7 @@ from torch import Tensor
 
 IN_ORDER = range(8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's interleaving of the eight nibbles of a word
+ALSO = re.compile(r"model\.layers\.\d+\.(self_attn\.g_proj|moe\.gate)")  # what some tools pack as well
 QUANTISED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.\w+_proj|share_expert\.\w+_proj|moe\.\w+_proj)"
 )
@@ -53,12 +54,15 @@ def formats(group: int) -> dict[str, Format]:
     }
 
 
-def quantise(weights: dict[str, Tensor], form: Format, group: int, layers: int) -> tuple[dict, dict]:
+def quantise(
+    weights: dict[str, Tensor], form: Format, group: int, layers: int, also: bool = False
+) -> tuple[dict, dict]:
     """The checkpoint in this format, and what each quantised matrix then stands for [N, K], by module name."""
     packed, meaning = {}, {}
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
-        if not QUANTISED.fullmatch(module) or int(name.split(".")[2]) >= layers:
+        packs = QUANTISED.fullmatch(module) or (also and ALSO.fullmatch(module))
+        if not packs or int(name.split(".")[2]) >= layers:
             packed[name] = weight
             continue
         parts = {module: weight}
