@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import ReaderTensor
 from torch import Tensor
 
 from sglang_step35.checkpoint.base import DamagedFile, TensorFiles
@@ -96,7 +97,7 @@ class GGUFFiles(TensorFiles):
         tensor = _packed(file, entry)
         return tensor.dequantize() - 1 if is_norm(entry.name) else tensor
 
-    def _entries(self) -> Iterator[tuple[GGUFFile, object]]:
+    def _entries(self) -> Iterator[tuple[GGUFFile, ReaderTensor]]:
         """Every tensor of every shard. Raises DamagedFile for a missing one."""
         first = self.metadata()
         files = [open_gguf(path) for path in self.paths]
@@ -110,7 +111,7 @@ class GGUFFiles(TensorFiles):
             yield from ((file, entry) for entry in file.tensors)
 
     @cached_property
-    def _named(self) -> dict[str, list[tuple[str, GGUFFile, object]]]:
+    def _named(self) -> dict[str, list[tuple[str, GGUFFile, ReaderTensor]]]:
         """Published name -> [(GGUF name, file, tensor)], of the files that can be read."""
         named: dict[str, list] = {}
         for path in self.paths:

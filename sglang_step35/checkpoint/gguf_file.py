@@ -23,7 +23,7 @@ class GGUFFile(GGUFReader):
 
     def __init__(self, path: Path):
         self.path = path
-        self._bytes: np.ndarray | None = None
+        self._bytes = np.empty(0, dtype=np.uint8)  # the whole file, once it is mapped
         with path.open("rb") as stream:
             magic = stream.read(len(_MAGIC))
         if magic != _MAGIC:
@@ -49,7 +49,7 @@ class GGUFFile(GGUFReader):
     def _get(self, offset, dtype, count=1, override_order=None):
         if self.byte_order != "I":
             raise DamagedFile(f"{self.path} is big-endian: convert it with gguf_convert_endian.py of llama.cpp")
-        if self._bytes is None:
+        if not len(self._bytes):
             self._bytes = np.asarray(self.data)
         offset, count = int(offset), int(count)
         end = offset + np.dtype(dtype).itemsize * count
@@ -73,7 +73,7 @@ class GGUFFile(GGUFReader):
 
     def _strings(self, offset: int, count: int) -> tuple[int, list[memoryview]]:
         """The end of an array of strings, and their bytes."""
-        data, strings = memoryview(self._bytes), []
+        data, strings = self._bytes.data, []
         for _ in range(count):
             start = offset + 8
             offset = start + int.from_bytes(data[offset:start], "little")
@@ -86,7 +86,7 @@ class GGUFFile(GGUFReader):
         return DamagedFile(f"{self.path} is truncated: {len(self._bytes)} bytes, its header asks for more; {_AGAIN}")
 
     def _build_tensors(self, start_offs, fields):
-        names = set()
+        names: set[str] = set()
         for field in fields:
             self._check_tensor(start_offs, field, names)
         super()._build_tensors(start_offs, fields)

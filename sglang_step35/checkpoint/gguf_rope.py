@@ -28,16 +28,16 @@ def rope_scaling(divisors: Sequence[float], theta: float, head_dim: int, rotated
     The first rotated / 2 divisors count and the rest are 1. Converters of before MTP support computed all of them, for
     frequencies over the whole of head_dim: read so, they tell the same fields.
     """
-    divisors = np.asarray(divisors, dtype=np.float64)
-    if np.allclose(divisors, 1.0, atol=1e-6):
+    given = np.asarray(divisors, dtype=np.float64)
+    if np.allclose(given, 1.0, atol=1e-6):
         return None
-    over_all = not np.allclose(divisors[rotated // 2 :], 1.0, atol=1e-6)
+    over_all = not np.allclose(given[rotated // 2 :], 1.0, atol=1e-6)
     channels = head_dim if over_all else rotated
     frequencies = theta ** (-np.arange(0, channels, 2) / channels)
-    divisors = divisors[: len(frequencies)]
-    factor = _rounded(divisors.max())
-    for original in (_original_context(divisors, frequencies, factor), PUBLISHED_CONTEXT):
-        if original and np.allclose(llama3_divisors(frequencies, factor, original), divisors, rtol=_TOLERANCE):
+    used = given[: len(frequencies)]
+    factor = _rounded(used.max())
+    for original in (_original_context(used, frequencies, factor), PUBLISHED_CONTEXT):
+        if original and np.allclose(llama3_divisors(frequencies, factor, original), used, rtol=_TOLERANCE):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -46,7 +46,7 @@ def rope_scaling(divisors: Sequence[float], theta: float, head_dim: int, rotated
                 "original_max_position_embeddings": original,
             }
     raise UnknownScaling(
-        f"its {len(divisors)} divisors up to {divisors.max():.6g} are not those of llama3 scaling with "
+        f"its {len(used)} divisors up to {used.max():.6g} are not those of llama3 scaling with "
         f"low_freq_factor {LOW:g} and high_freq_factor {HIGH:g}"
     )
 

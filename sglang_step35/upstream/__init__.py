@@ -5,7 +5,17 @@ pinned exactly, so the table is a contract, not a compatibility layer. The plug-
 registers anything; the test suite checks all of them, and that the package uses no name without one.
 """
 
-from sglang_step35.upstream import attention, graphs, http, model, objects, parsers, registration, speculative
+from sglang_step35.upstream import (
+    attention,
+    graphs,
+    http,
+    model,
+    objects,
+    parsers,
+    quantization,
+    registration,
+    speculative,
+)
 from sglang_step35.upstream.check import UpstreamError, check, check_version
 from sglang_step35.upstream.row import Upstream
 
@@ -14,6 +24,7 @@ __all__ = ["TABLE", "Upstream", "UpstreamError", "check", "check_hooked", "check
 TABLE: tuple[Upstream, ...] = (
     *registration.ROWS,
     *model.ROWS,
+    *quantization.ROWS,
     *attention.ROWS,
     *speculative.ROWS,
     *graphs.ROWS,

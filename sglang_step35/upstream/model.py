@@ -131,12 +131,6 @@ ROWS = (
         takes("should_use_flashinfer_cutlass_moe_fp4_allgather", ""),
     ),
     *module(
-        "sglang.srt.layers.quantization",
-        takes("auto_round.AutoRoundConfig.get_layer_config", "self layer layer_name"),
-        takes("moe_wna16.MoeWNA16Config.from_config", "config"),
-        takes("moe_wna16.MoeWNA16Method", "quant_config"),
-    ),
-    *module(
         "sglang.srt.layers.moe.ep_moe.layer",
         takes("get_moe_impl_class", "quant_config"),
     ),

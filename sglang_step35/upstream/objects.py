@@ -42,7 +42,8 @@ ROWS = (
         "sglang.srt.configs.model_config",
         has(
             "ModelConfig",
-            "context_len hf_config hf_text_config hidden_size num_nextn_predict_layers vocab_size",
+            "context_len dtype hf_config hf_text_config hidden_size model_path num_nextn_predict_layers quantization "
+            "vocab_size",
         ),
     ),
     *module(
