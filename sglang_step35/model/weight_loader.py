@@ -61,8 +61,8 @@ class Loader:
     def __init__(self, model: nn.Module, owners: Mapping[int | None, Owner], files: CheckpointFiles):
         self.parameters = dict(model.named_parameters())
         self.block = getattr(model.quant_config, "weight_block_size", None)
-        packed = keeps_packed(model.quant_config)
-        self.checks_shapes = model.quant_config is None or self.block is not None or packed
+        self.packed = keeps_packed(model.quant_config)
+        self.checks_shapes = model.quant_config is None or self.block is not None or self.packed
         self.owners = owners
         self.files = files
         self.copies: dict[tuple[int, str], Tensor] = {}
@@ -94,7 +94,7 @@ class Loader:
         self._check(name, tensor, parts, owner)
         if copy is not None:
             self.copies[parts.layer, copy] = tensor if isinstance(tensor, PackedTensor) else tensor.cpu()
-        elif parts.leaf == "weight" and f"{owner.prefix}{entry.target}{PACKED}" in self.parameters:
+        elif self.packed and f"{owner.prefix}{entry.target}{PACKED}" in self.parameters:
             self._fill_packed(name, tensor, parts, entry, owner.prefix + entry.target)
         else:
             target = owner.prefix + entry.target + LEAVES.get(parts.leaf, parts.leaf)
@@ -138,7 +138,9 @@ class Loader:
 
     def _leaves(self, target: str) -> list[str]:
         """Last checkpoint names of the parameters that begin with `target`."""
-        back = {ours: theirs for theirs, ours in LEAVES.items()} | dict.fromkeys((PACKED, PACKED_TYPE), "weight")
+        back = {ours: theirs for theirs, ours in LEAVES.items()}
+        if self.packed:
+            back |= dict.fromkeys((PACKED, PACKED_TYPE), "weight")
         leaves = (name.removeprefix(target) for name in self.parameters if name.startswith(target))
         return [back.get(leaf, leaf) for leaf in leaves if "." not in leaf and leaf not in DERIVED]
 

@@ -98,7 +98,9 @@ def make_plan(spec: ModelSpec, machine: Hardware, wish: Wish) -> Plan:
     if machine.engine == LLAMA_CPP:
         raise PlanError(f"--hardware: {machine.label} runs this model in llama.cpp only, not in SGLang")
     if quantization == "gguf":
-        raise PlanError("--quantization gguf: SGLang does not load this model from GGUF; use int4, or llama.cpp")
+        raise PlanError(
+            "--quantization gguf: SGLang does not load it on CUDA here; use int4, or serve the file with --device cpu"
+        )
     tp = check_tp(spec, wish.tp or machine.devices, machine.devices)
     ep = choose_ep(spec, quantization, tp, wish.ep)
     context = _context(spec, wish)

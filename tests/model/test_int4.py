@@ -32,8 +32,7 @@ NAMES = list(int4.formats(32))
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = make_checkpoint(tmp_path_factory.mktemp("int4"), SHAPE)
-    if model_host.publish_role() is None:
-        model_host.start_runtime(directory)
+    model_host.ensure_runtime(directory)
     return directory
 
 

@@ -51,7 +51,7 @@ def rank_main(rank: int, directory: Path, output: Path, port: int) -> None:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> Path:
     directory = make_checkpoint(tmp_path_factory.mktemp("odd"), ODD)
-    model_host.start_runtime(directory)
+    model_host.ensure_runtime(directory)
     return directory
 
 

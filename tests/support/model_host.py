@@ -36,18 +36,22 @@ def start_runtime(directory: Path, port: int | None = None, place: dict | None =
     bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(args))
 
 
-def load(directory: Path, draft: bool = False, dtype: str = "float32") -> nn.Module:
-    """Build and load the backbone, or the MTP layers, with SGLang's default loader."""
+def ensure_runtime(directory: Path) -> None:
+    """`start_runtime` unless this process has it: it can be started once."""
     if publish_role() is None:
         start_runtime(directory)
+
+
+def load(directory: Path, draft: bool = False, dtype: str = "float32") -> nn.Module:
+    """Build and load the backbone, or the MTP layers, with SGLang's default loader."""
+    ensure_runtime(directory)
     config = ModelConfig(str(directory), is_draft_model=draft, dtype=dtype)
     return _load(LoadConfig(), config)
 
 
 def load_gguf(file: Path, draft: bool = False, dtype: str = "float32") -> nn.Module:
     """`load` for a GGUF file."""
-    if publish_role() is None:
-        start_runtime(file)
+    ensure_runtime(file)
     config = ModelConfig(str(file), is_draft_model=draft, dtype=dtype, quantization="gguf")
     return _load(LoadConfig(load_format="gguf"), config)
 
