@@ -80,9 +80,9 @@ class Plan:
     seed: int = 20260
     stages: tuple[Stage, ...] = (
         Stage("stable", "text", 1400, 4, 512, (1.0, 1.0)),
-        Stage("decay", "text", 1700, 4, 512, (1.0, 0.0)),
-        Stage("unloop", "unloop", 120, 8, 256, (0.1, 0.0)),
-        Stage("distill", "distill", 800, 8, 256, (1.0, 0.0)),
+        Stage("decay", "text", 1400, 4, 512, (1.0, 0.1765)),
+        Stage("unloop", "unloop", 200, 4, 512, (0.1765, 0.0)),
+        Stage("distill", "distill", 600, 8, 256, (1.0, 0.0)),
     )
     muon_lr: float = 0.012
     adam_lr: float = 0.015
@@ -91,12 +91,13 @@ class Plan:
     chat_share: float = 0.04
     chat_examples: int = 3000
     own_prompt: int = 48  # tokens of corpus at the start of every text the backbone writes itself
-    loop_rows: int = 128  # greedy texts of "unloop", written anew every `loop_refresh` steps
-    loop_refresh: int = 40
-    loop_ngram: int = 6  # a token that completes a repeated n-gram of this size is made less likely
+    loop_rows: int = 48  # greedy texts of "unloop", written anew every `loop_refresh` steps
+    loop_refresh: int = 25
+    loop_ngram: int = 5  # a token that completes a repeated n-gram of this size is made less likely
+    loop_weight: float = 3.0  # of that unlikelihood beside the loss of the corpus
     own_temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)  # texts of "distill", `own_rows` of each
-    own_rows: int = 320
-    true_rows: int = 512  # and this many crops of the corpus
+    own_rows: int = 256
+    true_rows: int = 384  # and this many crops of the corpus
     heldout_percent: int = 5
     prompts: int = 200
 

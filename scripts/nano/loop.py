@@ -161,7 +161,8 @@ class Trainer:
                 self.own = greedy_text(self.model, self.mixture, self.plan, length, self.step)
             own = self.own[torch.randint(len(self.own), (stage.rows // 2,), generator=generator)]
             true = self.mixture.rows(stage.rows - len(own), length, generator)
-            return unloop_loss(self.model, own, true, self.plan.loop_ngram)
+            likelihood, unlikelihood = unloop_loss(self.model, own, true, self.plan.loop_ngram)
+            return [likelihood, self.plan.loop_weight * unlikelihood]
         chosen = torch.randint(len(self.own), (stage.rows,), generator=generator)
         return head_losses(self.model, self.own[chosen], self.hidden[chosen])
 
