@@ -81,8 +81,8 @@ class Plan:
     stages: tuple[Stage, ...] = (
         Stage("stable", "text", 1400, 4, 512, (1.0, 1.0)),
         Stage("decay", "text", 1400, 4, 512, (1.0, 0.1765)),
-        Stage("unloop", "unloop", 200, 4, 512, (0.1765, 0.0)),
-        Stage("distill", "distill", 600, 8, 256, (1.0, 0.0)),
+        Stage("unloop", "unloop", 100, 4, 512, (0.1765, 0.0)),
+        Stage("distill", "distill", 300, 8, 256, (1.0, 0.0)),
     )
     muon_lr: float = 0.012
     adam_lr: float = 0.015
@@ -92,12 +92,12 @@ class Plan:
     chat_examples: int = 3000
     own_prompt: int = 48  # tokens of corpus at the start of every text the backbone writes itself
     loop_rows: int = 48  # greedy texts of "unloop", written anew every `loop_refresh` steps
-    loop_refresh: int = 25
-    loop_ngram: int = 5  # a token that completes a repeated n-gram of this size is made less likely
-    loop_weight: float = 3.0  # of that unlikelihood beside the loss of the corpus
+    loop_refresh: int = 50
+    loop_ngram: int = 8  # a token that completes a repeated n-gram of this size is made less likely
+    loop_weight: float = 0.25  # of that unlikelihood beside the loss of the corpus
     own_temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)  # texts of "distill", `own_rows` of each
-    own_rows: int = 256
-    true_rows: int = 384  # and this many crops of the corpus
+    own_rows: int = 128
+    true_rows: int = 192  # and this many crops of the corpus
     heldout_percent: int = 5
     prompts: int = 200
 
