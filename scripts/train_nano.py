@@ -9,11 +9,9 @@ kept in DIR/state.pt, and a repeated call goes on from there.
 A longer training needs no new start: the rate is constant in the stage "stable", so give that stage more steps in
 nano/config.py and go on from the state.pt of its end (DIR/stable.pt, copied to DIR/state.pt).
 
-The shipped checkpoint went through the stages of Plan() in three calls. The first two were stopped inside longer
-stages of the same rates and went on with the next stage; "stable" ran without the joined matrix products. Before
-"distill" its MTP layers had had 600 such steps on a sibling: the same backbone, but after 200 steps of "unloop" of
-weight 3 and n-grams of 5, which cost 0.6 nats of held-out loss and was dropped; those steps are not in the report.
-The report's seconds are of CPU, in "stable" of wall time on a shared machine.
+The shipped checkpoint is still that of the previous plan (its training_report.json holds it). A run of this plan
+has the better backbone but the worse heads, because their distillation was cut short: see "newer_run_not_shipped"
+there. It was run in three calls; before "distill" its MTP layers had had 600 such steps on a sibling backbone.
 """
 
 from __future__ import annotations
