@@ -59,51 +59,59 @@ class Shape:
 class Stage:
     """A run of optimiser steps on one kind of batch: `rows` sequences of `length` tokens.
 
-    `lr` multiplies the base rates and falls linearly from its first to its second value."""
+    `kind` names what is learnt: "text" (the backbone, next tokens of the corpus), "unloop" (the backbone, corpus
+    plus unlikelihood of its own repetitions) or "distill" (the MTP layers, the frozen backbone's distribution).
+    `lr` multiplies the base rates and changes linearly from its first to its second value."""
 
     name: str
+    kind: str
     steps: int
     rows: int
     length: int
-    mtp_weight: float
     lr: tuple[float, float]
-    frozen: bool = False  # keep the backbone and distil it into the MTP layers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole training. Budgets are steps, never wall time, so that a run can be repeated."""
+    """The whole training. Budgets are steps, never wall time, so that a run can be repeated.
+
+    Warm-up, a stable rate, linear decay to 0: a longer run goes on from the end of "stable" with more steps."""
 
     seed: int = 20260
     stages: tuple[Stage, ...] = (
-        Stage("backbone", 700, 4, 512, 0.0, (1.0, 1.0)),
-        Stage("joint", 350, 4, 512, 0.2, (1.0, 0.1)),
-        Stage("distill", 200, 8, 256, 1.0, (1.0, 0.0), frozen=True),
-        Stage("distill longer", 1000, 8, 256, 1.0, (1.0, 0.0), frozen=True),
+        Stage("stable", "text", 1400, 4, 512, (1.0, 1.0)),
+        Stage("decay", "text", 1400, 4, 512, (1.0, 0.1765)),
+        Stage("unloop", "unloop", 100, 4, 512, (0.1765, 0.0)),
+        Stage("distill", "distill", 300, 8, 256, (1.0, 0.0)),
     )
     muon_lr: float = 0.012
-    adam_lr: float = 0.006
-    warmup: int = 50
+    adam_lr: float = 0.015
+    warmup: int = 50  # steps, at the start of "stable" and of "distill"
     bias_rate: float = 1e-3  # step of the router bias towards equal expert load
     chat_share: float = 0.04
     chat_examples: int = 3000
-    own_sampled: int = 512  # sequences the backbone writes at temperature 0.8 for the distillation
-    own_greedy: int = 256
-    own_prompt: int = 32
-    own_length: int = 256
+    own_prompt: int = 48  # tokens of corpus at the start of every text the backbone writes itself
+    loop_rows: int = 48  # greedy texts of "unloop", written anew every `loop_refresh` steps
+    loop_refresh: int = 50
+    loop_ngram: int = 8  # a token that completes a repeated n-gram of this size is made less likely
+    loop_weight: float = 0.25  # of that unlikelihood beside the loss of the corpus
+    own_temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)  # texts of "distill", `own_rows` of each
+    own_rows: int = 128
+    true_rows: int = 192  # and this many crops of the corpus
     heldout_percent: int = 5
     prompts: int = 200
 
 
 QUICK = Plan(
     stages=(
-        Stage("backbone", 60, 8, 256, 0.0, (1.0, 1.0)),
-        Stage("joint", 25, 8, 256, 0.2, (1.0, 0.0)),
-        Stage("distill", 5, 8, 128, 1.0, (1.0, 0.0), frozen=True),
+        Stage("stable", "text", 50, 8, 256, (1.0, 1.0)),
+        Stage("decay", "text", 30, 8, 256, (1.0, 0.0)),
+        Stage("unloop", "unloop", 3, 8, 128, (0.1, 0.0)),
+        Stage("distill", "distill", 5, 8, 128, (1.0, 0.0)),
     ),
-    own_sampled=16,
-    own_greedy=16,
-    own_length=128,
+    loop_rows=16,
+    own_rows=16,
+    true_rows=16,
     warmup=10,
 )
 

@@ -10,13 +10,13 @@ from nano.model import Attention, NanoStep
 
 def attend(layer: Attention, x: Tensor, cache: Tensor, t: int) -> Tensor:
     """One query a row. x [B, 1, D] at position t; cache [2, B, G, T, d] is written at t -> [B, 1, D]."""
-    q, k, v = layer.qkv(x, torch.tensor([t]))
+    q, k, v, gate = layer.project(x, torch.tensor([t]))
     cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
     first = 0 if layer.full else max(0, t + 1 - layer.window)
     k, v = cache[0, :, :, first : t + 1], cache[1, :, :, first : t + 1]
     grouped = q.unflatten(1, (layer.groups, -1)).squeeze(3)  # [B, G, H/G, d]
     weights = (grouped @ k.transpose(-1, -2) * layer.d**-0.5).softmax(-1)
-    return layer.close(x, (weights @ v).flatten(1, 2)[:, :, None])
+    return layer.close((weights @ v).flatten(1, 2)[:, :, None], gate)
 
 
 def step(model: NanoStep, tokens: Tensor, caches: list[Tensor], t: int) -> Tensor:
@@ -50,10 +50,3 @@ def generate(model: NanoStep, prompts: list[list[int]], length: int, temperature
         chosen = pick(step(model, tokens[:, t], caches, t), temperature, generator)
         tokens[:, t + 1] = torch.where(lengths > t + 1, tokens[:, t + 1], chosen)
     return tokens.clone()
-
-
-def generate_many(model: NanoStep, prompts: Tensor, length: int, temperature: float, seed: int, rows: int = 256) -> Tensor:
-    """generate() in groups of `rows`. prompts [N, P] -> [N, length]."""
-    groups = prompts.split(rows)
-    out = [generate(model, g.tolist(), length, temperature, seed + i) for i, g in enumerate(groups)]
-    return torch.cat(out).clone()

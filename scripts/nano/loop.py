@@ -1,4 +1,4 @@
-"""The training loop: stages of joint training, then the distillation of the MTP layers."""
+"""The training loop: stages of the backbone, then the distillation of the MTP layers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nano.checkpoint import round_to_bf16
 from nano.config import Plan, Stage
 from nano.data import Mixture
 from nano.evaluate import agreement, heldout_loss
-from nano.generate import generate_many
+from nano.generate import generate
+from nano.losses import EXTRA, head_losses, text_loss, unloop_loss
 from nano.model import MoE, NanoStep
 from nano.optim import Optimiser
 
-EXTRA = 4  # a row holds T + 4 tokens: the last MTP layer's label lies four past its position
 REPORT_EVERY, EVALUATE_EVERY, SAVE_EVERY = 25, 300, 100
 
 
@@ -29,7 +28,7 @@ class Log:
     curve: list[dict] = field(default_factory=list)
     evaluations: list[dict] = field(default_factory=list)
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of CPU: the machine may be shared
 
     def train(self, stage: str, step: int, losses: list[float]) -> None:
         self.curve.append({"stage": stage, "step": step, "losses": [round(x, 4) for x in losses]})
@@ -52,24 +51,6 @@ def compile_layers(model: NanoStep) -> None:
         layer.compile(dynamic=False)
 
 
-def backbone_loss(model: NanoStep, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rows [B, T + 4] -> loss for token t + 1 in nats, last hidden [B, T, D], logits [B, T, V]."""
-    t = rows.shape[1] - EXTRA
-    hidden = model.hidden(rows[:, :t])
-    logits = model.logits(hidden)
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1 : t + 1].flatten()), hidden, logits
-
-
-def head_losses(model: NanoStep, rows: Tensor, hidden: Tensor, logits: Tensor) -> list[Tensor]:
-    """Cross-entropy of each head against the backbone's own distribution for the same token: what a head is for
-    is to guess the backbone, and the full distribution teaches more than one true token."""
-    teacher, losses = logits.detach().softmax(-1), []
-    for i, draft in enumerate(model.draft_logits(rows, hidden)):
-        target = teacher[:, 1 + i :]  # the backbone at t + 1 + i names token t + 2 + i
-        losses.append(F.cross_entropy(draft[:, : target.shape[1]].flatten(0, 1), target.flatten(0, 1)))
-    return losses
-
-
 @torch.no_grad()
 def balance(model: NanoStep, rate: float) -> None:
     """Auxiliary-loss-free balancing (DeepSeek-V3): the choosing bias of an expert rises while it is chosen
@@ -81,15 +62,15 @@ def balance(model: NanoStep, rate: float) -> None:
 
 def learning_rate(stage: Stage, step: int, warmup: int) -> float:
     first, last = stage.lr
-    return min(1.0, (step + 1) / warmup) * (first + (last - first) * step / stage.steps)
+    return min(1.0, (step + 1) / max(warmup, 1)) * (first + (last - first) * step / stage.steps)
 
 
-def build_optimiser(model: NanoStep, plan: Plan, frozen: bool) -> Optimiser:
-    """Over everything, or over the MTP layers alone; the router bias is moved by balance(), never by a gradient."""
+def build_optimiser(model: NanoStep, plan: Plan, heads: bool) -> Optimiser:
+    """Over the MTP layers alone (`heads`) or over the rest; the router bias is moved by balance(), never by a gradient."""
     first_mtp = len(model.backbone)
     is_mtp = lambda n: n.startswith("model.layers.") and int(n.split(".")[2]) >= first_mtp
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.endswith("router_bias") and (is_mtp(name) or not frozen))
+        p.requires_grad_(not name.endswith("router_bias") and is_mtp(name) == heads)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return Optimiser(named, plan.muon_lr, plan.adam_lr)
 
@@ -97,20 +78,19 @@ def build_optimiser(model: NanoStep, plan: Plan, frozen: bool) -> Optimiser:
 class Trainer:
     """Runs the stages in order and keeps its state in one file, from which a later call goes on.
 
-    Batches are drawn with a generator seeded by (stage, step), so a resumed run sees the same ones. A model that
-    has been through earlier stages starts at `stage` with their log."""
+    Batches are drawn with a generator seeded by (stage, step), so a resumed run sees the same ones."""
 
-    def __init__(
-        self, model: NanoStep, plan: Plan, mixture: Mixture, heldout: Tensor, path: Path, stage: int = 0, log: Log | None = None
-    ):
+    def __init__(self, model: NanoStep, plan: Plan, mixture: Mixture, heldout: Tensor, path: Path):
         self.model, self.plan, self.mixture, self.heldout, self.path = model, plan, mixture, heldout, path
-        self.log, self.own, self.stage, self.step = log or Log(), None, stage, 0
+        self.log, self.stage, self.step = Log(), 0, 0
+        self.own: Tensor | None = None  # text the model wrote itself [N, length + 4], in "distill" with true text
+        self.hidden: Tensor | None = None  # in "distill" the frozen backbone's state on `own` [N, length, D]
         saved = torch.load(path, weights_only=False) if path.exists() else None
         if saved:
             self.stage, self.step, self.own = saved["stage"], saved["step"], saved["own"]
             self.log = Log(saved["curve"], saved["evaluations"], saved["tokens"], saved["seconds"])
             model.load_state_dict(saved["model"])
-        self.optimiser = build_optimiser(model, plan, self.current.frozen)
+        self.optimiser = build_optimiser(model, plan, self.current.kind == "distill")
         if saved:
             self.optimiser.load_state_dict(saved["optimiser"])
 
@@ -118,26 +98,25 @@ class Trainer:
     def current(self) -> Stage:
         return self.plan.stages[min(self.stage, len(self.plan.stages) - 1)]
 
-    def save(self) -> None:
-        log, partial = self.log, self.path.with_suffix(".partial")
+    def save(self, path: Path) -> None:
+        log, partial = self.log, path.with_suffix(".partial")
         curves = {"curve": log.curve, "evaluations": log.evaluations, "tokens": log.tokens, "seconds": log.seconds}
         where = {"stage": self.stage, "step": self.step, "own": self.own}
         torch.save(where | curves | {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}, partial)
-        partial.replace(self.path)
+        partial.replace(path)
 
     def run(self) -> Log:
         while self.stage < len(self.plan.stages):
             self.run_stage(self.current)
+            if self.current.lr[0] == self.current.lr[1]:  # not yet decayed: a longer training can go on from here
+                self.save(self.path.with_name(f"{self.current.name}.pt"))
             self.stage, self.step = self.stage + 1, 0
-            self.save()
+            self.save(self.path)
         return self.log
 
     def run_stage(self, stage: Stage) -> None:
-        if stage.frozen and self.own is None:
-            round_to_bf16(self.model)  # the heads learn the backbone that will be served
-            self.own = own_text(self.model, self.mixture, self.plan)
-            self.optimiser = build_optimiser(self.model, self.plan, frozen=True)
-            self.save()
+        if stage.kind == "distill":
+            self.start_distillation(stage)
         self.model.train()
         while self.step < stage.steps:
             losses = self.train_step(stage)
@@ -147,49 +126,69 @@ class Trainer:
             if self.step % EVALUATE_EVERY == 0 or self.step == stage.steps:
                 self.log.evaluate(stage.name, self.step, self.model, self.heldout)
             if self.step % SAVE_EVERY == 0:
-                self.save()
+                self.save(self.path)
         self.model.eval()
 
+    def start_distillation(self, stage: Stage) -> None:
+        """Writes the text and the backbone's states that the heads learn from."""
+        if self.step == 0:
+            round_to_bf16(self.model)  # the heads learn the backbone that will be served
+            self.own = distillation_text(self.model, self.mixture, self.plan, stage.length + EXTRA)
+            self.optimiser = build_optimiser(self.model, self.plan, heads=True)
+            self.save(self.path)
+        self.hidden = hidden_states(self.model, self.own[:, : stage.length])
+
     def train_step(self, stage: Stage) -> list[Tensor]:
-        started = time.monotonic()
+        started = time.process_time()
         generator = torch.Generator().manual_seed(self.plan.seed + self.stage * 1_000_000 + self.step)
-        rows = self.draw(stage, generator)
-        losses = self.losses(stage, rows)
-        (losses[0] + stage.mtp_weight * sum(losses[1:])).backward()
-        warmup = self.plan.warmup if self.stage == 0 or stage.frozen else 1
+        losses = self.losses(stage, generator)
+        sum(losses).backward()
+        warmup = self.plan.warmup if self.stage == 0 or stage.kind == "distill" else 0
         self.optimiser.step(learning_rate(stage, self.step, warmup))
-        if not stage.frozen:
+        if stage.kind != "distill":
             balance(self.model, self.plan.bias_rate)
         self.log.tokens += stage.rows * stage.length
-        self.log.seconds += time.monotonic() - started
+        self.log.seconds += time.process_time() - started
         return losses
 
-    def losses(self, stage: Stage, rows: Tensor) -> list[Tensor]:
-        """Backbone first, then the heads unless they have no weight in this stage."""
-        if stage.frozen:
-            # Forward only: eager, because compiling it once more takes longer than it saves.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                first, hidden, logits = backbone_loss(self.model, rows)
-        else:
-            first, hidden, logits = backbone_loss(self.model, rows)
-        return [first, *(head_losses(self.model, rows, hidden, logits) if stage.mtp_weight else [])]
-
-    def draw(self, stage: Stage, generator: torch.Generator) -> Tensor:
-        """[rows, length + 4]; for the distillation 3/8 sampled, 1/4 greedy and 3/8 true text."""
+    def losses(self, stage: Stage, generator: torch.Generator) -> list[Tensor]:
+        """The terms of one batch's loss, by the kind of the stage."""
         length = stage.length + EXTRA
-        if not stage.frozen:
-            return self.mixture.rows(stage.rows, length, generator)
-        sampled, greedy = stage.rows * 3 // 8, stage.rows // 4
-        some = lambda rows, n: rows[torch.randint(len(rows), (n,), generator=generator)][:, :length]
-        true = self.mixture.rows(stage.rows - sampled - greedy, length, generator)
-        return torch.cat((some(self.own[0], sampled), some(self.own[1], greedy), true))
+        if stage.kind == "text":
+            return [text_loss(self.model, self.mixture.rows(stage.rows, length, generator))]
+        if stage.kind == "unloop":
+            if self.step % self.plan.loop_refresh == 0 or self.own is None:
+                self.own = greedy_text(self.model, self.mixture, self.plan, length, self.step)
+            own = self.own[torch.randint(len(self.own), (stage.rows // 2,), generator=generator)]
+            true = self.mixture.rows(stage.rows - len(own), length, generator)
+            likelihood, unlikelihood = unloop_loss(self.model, own, true, self.plan.loop_ngram)
+            return [likelihood, self.plan.loop_weight * unlikelihood]
+        chosen = torch.randint(len(self.own), (stage.rows,), generator=generator)
+        return head_losses(self.model, self.own[chosen], self.hidden[chosen])
 
 
-def own_text(model: NanoStep, mixture: Mixture, plan: Plan) -> list[Tensor]:
-    """Text the backbone writes itself, [N, own_length + 4]: sampled at temperature 0.8, and greedy."""
+def greedy_text(model: NanoStep, mixture: Mixture, plan: Plan, length: int, step: int) -> Tensor:
+    """What the model writes greedily after crops of the corpus, [loop_rows, length]."""
+    prompts = mixture.rows(plan.loop_rows, plan.own_prompt, torch.Generator().manual_seed(plan.seed + 500 + step))
+    model.eval()
+    rows = generate(model, prompts.tolist(), length, 0.0, plan.seed)
+    model.train()
+    return rows
+
+
+def distillation_text(model: NanoStep, mixture: Mixture, plan: Plan, length: int) -> Tensor:
+    """Text the backbone writes itself at each temperature, and true text: [N, length]."""
     generator, model = torch.Generator().manual_seed(plan.seed + 100), model.eval()
-    length, texts = plan.own_length + EXTRA, []
-    for count, temperature in ((plan.own_sampled, 0.8), (plan.own_greedy, 0.0)):
-        prompts = mixture.rows(count, plan.own_prompt, generator)
-        texts.append(generate_many(model, prompts, length, temperature, plan.seed))
-    return texts
+    texts = [mixture.rows(plan.true_rows, length, generator)]
+    for temperature in plan.own_temperatures:
+        prompts = mixture.rows(plan.own_rows, plan.own_prompt, generator)
+        texts.append(generate(model, prompts.tolist(), length, temperature, plan.seed))
+    return torch.cat(texts)
+
+
+@torch.no_grad()
+def hidden_states(model: NanoStep, tokens: Tensor) -> Tensor:
+    """tokens [N, T] -> last hidden states [N, T, D] of the backbone, computed eagerly: compiling it once more
+    takes longer than it saves."""
+    with torch.compiler.set_stance("force_eager"):
+        return torch.cat([model.eval().hidden(part) for part in tokens.split(16)])

@@ -60,19 +60,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention over the last `window` keys. q, k, v [B, H, T, d] -> [B, H, T, d]; T % BLOCK == 0.
+    """Causal attention over the last `window` keys. q [B, G, R, T, d], k and v [B, G, T, d] -> like q; T % BLOCK == 0.
 
-    A block of queries sees its own block and the one before it: O(T) work instead of O(T^2)."""
-    b, h, t, d = q.shape
+    A block of queries sees its own block and the one before it: O(T) work instead of O(T^2). The R = H / G heads
+    of a group are rows of one product, so that no key or value is copied."""
+    b, g, r, t, d = q.shape
     n = t // BLOCK
-    own = lambda x: x.reshape(b, h, n, BLOCK, d)
-    pair = lambda x: torch.cat((F.pad(own(x), (0, 0, 0, 0, 1, 0))[:, :, :-1], own(x)), dim=3)
+    pair = lambda x: torch.cat((F.pad(x, (0, 0, BLOCK, 0))[:, :, :t], x), -1).reshape(b * g * n, BLOCK, 2, d)
+    keys, values = (pair(x).transpose(1, 2).reshape(b * g * n, 2 * BLOCK, d) for x in (k, v))
+    rows = q.reshape(b, g, r, n, BLOCK, d).transpose(2, 3).reshape(b * g * n, r * BLOCK, d)
     i, j = torch.arange(BLOCK)[:, None] + BLOCK, torch.arange(2 * BLOCK)[None]
     seen = (j <= i) & (j > i - window)
     first = torch.arange(n)[:, None, None] == 0
-    mask = seen & ~(first & (j < BLOCK))  # [n, BLOCK, 2 BLOCK]: block 0 has no predecessor
-    scores = own(q) @ pair(k).transpose(-1, -2) * d**-0.5
-    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ pair(v)).reshape(b, h, t, d)
+    mask = (seen & ~(first & (j < BLOCK)))[:, None]  # [n, 1, BLOCK, 2 BLOCK]: block 0 has no predecessor
+    scores = (torch.bmm(rows, keys.transpose(1, 2)) * d**-0.5).reshape(b * g, n, r, BLOCK, 2 * BLOCK)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).reshape(b * g * n, r * BLOCK, 2 * BLOCK)
+    return torch.bmm(weights, values).reshape(b, g, n, r, BLOCK, d).transpose(2, 3).reshape(b, g, r, t, d)
 
 
 class Attention(nn.Module):
@@ -90,30 +93,30 @@ class Attention(nn.Module):
         nn.init.zeros_(self.o_proj.weight)  # every block starts as the identity
         self.register_buffer("freq", inverse_frequencies(shape, self.full), persistent=False)
 
-    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D], positions [T] -> q [B, H, T, d], k and v [B, G, T, d], rotated."""
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B, T, D], positions [T] -> q [B, H, T, d], k and v [B, G, T, d], rotated; gate [B, T, H].
+
+        The four matrices are joined for one product: on a CPU one wide product is faster than four narrow ones."""
+        parts = (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        joined = F.linear(x, torch.cat([p.weight for p in parts]))
+        q, k, v, gate = joined.split([p.out_features for p in parts], dim=-1)
         angle = positions[:, None].float() * self.freq
         cos, sin = (f(torch.cat((angle, angle), -1))[None, :, None] for f in (torch.cos, torch.sin))
-        split = lambda y, heads: y.unflatten(-1, (heads, self.d))
-        q = rotate(self.q_norm(split(self.q_proj(x), self.heads)), cos, sin)
-        k = rotate(self.k_norm(split(self.k_proj(x), self.groups)), cos, sin)
-        return q.transpose(1, 2), k.transpose(1, 2), split(self.v_proj(x), self.groups).transpose(1, 2)
+        heads = lambda y: y.unflatten(-1, (-1, self.d))
+        q, k = rotate(self.q_norm(heads(q)), cos, sin), rotate(self.k_norm(heads(k)), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), heads(v).transpose(1, 2), torch.sigmoid(gate)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """KV [B, G, T, d] -> [B, H, T, d]: each group serves H / G neighbouring query heads."""
-        return x.repeat_interleave(self.heads // self.groups, dim=1)
-
-    def close(self, x: Tensor, out: Tensor) -> Tensor:
-        """Head-wise gate sigmoid(g_proj(x)) on out [B, H, T, d], then the output projection."""
-        gated = out.transpose(1, 2) * torch.sigmoid(self.g_proj(x))[..., None]
-        return self.o_proj(gated.flatten(2))
+    def close(self, out: Tensor, gate: Tensor) -> Tensor:
+        """out [B, H, T, d] times its head's gate [B, T, H], then the output projection."""
+        return self.o_proj((out.transpose(1, 2) * gate[..., None]).flatten(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x, torch.arange(x.shape[1]))
-        k, v = self.spread(k), self.spread(v)
+        q, k, v, gate = self.project(x, torch.arange(x.shape[1]))
         if self.full:
-            return self.close(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return self.close(x, sliding_attention(q, k, v, self.window))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            out = sliding_attention(q.unflatten(1, (self.groups, -1)), k, v, self.window).flatten(1, 2)
+        return self.close(out, gate)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
@@ -132,7 +135,8 @@ class MLP(nn.Module):
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+        gate, up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
+        return self.down_proj(swiglu(gate, up, self.limit))
 
 
 class Stack(nn.Module):
@@ -144,8 +148,8 @@ class Stack(nn.Module):
 
 
 class MoE(nn.Module):
-    """All experts are computed for all tokens and weighted by zero where not chosen: they are tiny, and this
-    is two plain matrix products."""
+    """All experts are computed for all tokens and weighted by zero where not chosen: they are tiny, and together
+    with the router and the shared expert this is two plain matrix products."""
 
     def __init__(self, shape: Shape, limit: float | None):
         super().__init__()
@@ -157,21 +161,25 @@ class MoE(nn.Module):
         self.router_bias = nn.Parameter(torch.zeros(e), requires_grad=False)
         self.register_buffer("load", torch.zeros(e), persistent=False)
 
-    def route(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> weights [B, T, E]: chosen by sigmoid score + bias, weighted by the score alone."""
-        scores = torch.sigmoid(self.gate(x))
+    def route(self, scores: Tensor) -> Tensor:
+        """Sigmoid scores [B, T, E] -> weights [B, T, E]: chosen by score + bias, weighted by the score alone."""
         chosen = (scores + self.router_bias).topk(self.top_k, dim=-1).indices
         kept = scores * torch.zeros_like(scores).scatter(-1, chosen, 1.0)
         if self.training:
             self.load += (kept.detach() > 0).float().sum((0, 1))
         return kept / kept.sum(-1, keepdim=True) * self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = F.linear(x, self.gate_proj.weight.flatten(0, 1))  # [B, T, E I]
-        up = F.linear(x, self.up_proj.weight.flatten(0, 1))
+    def forward(self, x: Tensor, shared: MLP) -> Tensor:
+        """x [B, T, D] -> routed plus shared experts' output [B, T, D]."""
+        stacks = (self.gate_proj.weight.flatten(0, 1), self.up_proj.weight.flatten(0, 1))
+        matrices = (*stacks, shared.gate_proj.weight, shared.up_proj.weight, self.gate.weight)
+        joined = F.linear(x, torch.cat(matrices))
+        gate, up, shared_gate, shared_up, scores = joined.split([len(m) for m in matrices], dim=-1)
         act = swiglu(gate, up, self.limit).unflatten(-1, (self.gate.out_features, -1))
-        weighted = (act * self.route(x)[..., None]).flatten(-2)
-        return F.linear(weighted, self.down_proj.weight.transpose(0, 1).flatten(1))
+        weighted = (act * self.route(torch.sigmoid(scores))[..., None]).flatten(-2)
+        both = torch.cat((weighted, swiglu(shared_gate, shared_up, shared.limit)), dim=-1)
+        down = self.down_proj.weight.transpose(0, 1).flatten(1)  # [D, E I]
+        return F.linear(both, torch.cat((down, shared.down_proj.weight), dim=1))
 
 
 class DecoderLayer(nn.Module):
@@ -190,7 +198,7 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         y = self.post_attention_layernorm(x)
-        return x + (self.moe(y) + self.share_expert(y) if self.sparse else self.mlp(y))
+        return x + (self.moe(y, self.share_expert) if self.sparse else self.mlp(y))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.feed_forward(x + self.self_attn(self.input_layernorm(x)))
