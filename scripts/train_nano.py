@@ -1,7 +1,7 @@
 """Trains the nano Step-3.5 checkpoint from nothing but the CPython standard library's source.
 
-    python scripts/train_nano.py --out DIR            all stages
-    python scripts/train_nano.py --out DIR --quick    a few minutes, to try the pipeline
+    python -m scripts.train_nano --out DIR            all stages
+    python -m scripts.train_nano --out DIR --quick    a few minutes, to try the pipeline
 
 Tokenizer, backbone, MTP layers, evaluation; everything is drawn from one seed and budgeted in steps. The state is
 kept in DIR/state.pt, and a repeated call goes on from there.
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from nano import chats, checkpoint, data, evaluate, loop, losses, tokenizer
-from nano.config import QUICK, Plan, Shape
-from nano.model import NanoStep
+from scripts.nano import chats, checkpoint, data, evaluate, loop, losses, tokenizer
+from scripts.nano.config import QUICK, Plan, Shape
+from scripts.nano.model import NanoStep
 
 MEASURED_PROMPTS, NEW_TOKENS = 100, 96
 
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short run that only tries the pipeline")
     parser.add_argument("--before", type=Path, help="earlier checkpoint folder to measure too, for the report")
     parser.add_argument("--eager", action="store_true", help="no torch.compile: slower, needs no C++ compiler")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; one is fastest while the machine is shared")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; one is fastest while the machine is shared"
+    )
     args = parser.parse_args()
     plan, shape = (QUICK if args.quick else Plan()), Shape()
     torch.set_num_threads(args.threads)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nano.config import BOS, END_OF_TEXT, EOS, IM_END, Shape, hf_config
-from nano.model import NanoStep
+from scripts.nano.config import BOS, END_OF_TEXT, EOS, IM_END, Shape, hf_config
+from scripts.nano.model import NanoStep
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nano.config import BOS, EOS
+from scripts.nano.config import BOS, EOS
 
 # Tests and tables are left out: repetitive, and absent from distributions that ship no tests.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano.generate import generate
-from nano.model import BLOCK, NanoStep
+from scripts.nano.generate import generate
+from scripts.nano.model import BLOCK, NanoStep
 
 
 def trim(tokens: Tensor, extra: int) -> int:
@@ -60,7 +60,9 @@ def chances(model: NanoStep, rows: Tensor, temperature: float) -> Tensor:
             if temperature == 0:
                 kept.append((draft.argmax(-1) == token).float())
                 continue
-            log_q, log_p = ((x / temperature).log_softmax(-1).gather(-1, token[..., None])[..., 0] for x in (draft, target))
+            log_q, log_p = (
+                (x / temperature).log_softmax(-1).gather(-1, token[..., None])[..., 0] for x in (draft, target)
+            )
             kept.append((log_q - log_p).exp().clamp(max=1.0))
         out.append(torch.stack(kept))
     return torch.cat(out, dim=1)
@@ -110,5 +112,5 @@ def speculation(model: NanoStep, prompts: list[list[int]], new: int, temperature
     if temperature:
         greedy = all_rounds(chances(model, rows, 0.0), spans, seed)
         result["accept_length_of_greedy_drafts"] = sum(greedy) / len(greedy)
-    written = [row[start:end] for row, (start, end) in zip(rows.tolist(), spans)]
+    written = [row[start:end] for row, (start, end) in zip(rows.tolist(), spans, strict=True)]
     return result | {"repeated_8gram_share": repeated_ngrams(written), "prompts": len(prompts), "new_tokens_each": new}

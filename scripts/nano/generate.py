@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nano.model import Attention, NanoStep
+from scripts.nano.model import Attention, NanoStep
 
 
 def attend(layer: Attention, x: Tensor, cache: Tensor, t: int) -> Tensor:
@@ -22,7 +22,7 @@ def attend(layer: Attention, x: Tensor, cache: Tensor, t: int) -> Tensor:
 def step(model: NanoStep, tokens: Tensor, caches: list[Tensor], t: int) -> Tensor:
     """tokens [B] at position t -> logits [B, V] for position t + 1."""
     x = model.model.embed_tokens(tokens)[:, None]
-    for layer, cache in zip(model.backbone, caches):
+    for layer, cache in zip(model.backbone, caches, strict=True):
         x = layer.feed_forward(x + attend(layer.self_attn, layer.input_layernorm(x), cache, t))
     return model.logits(x)[:, 0]
 

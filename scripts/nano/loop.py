@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nano.checkpoint import round_to_bf16
-from nano.config import Plan, Stage
-from nano.data import Mixture
-from nano.evaluate import agreement, heldout_loss
-from nano.generate import generate
-from nano.losses import EXTRA, head_losses, text_loss, unloop_loss
-from nano.model import MoE, NanoStep
-from nano.optim import Optimiser
+from scripts.nano.checkpoint import round_to_bf16
+from scripts.nano.config import Plan, Stage
+from scripts.nano.data import Mixture
+from scripts.nano.evaluate import agreement, heldout_loss
+from scripts.nano.generate import generate
+from scripts.nano.losses import EXTRA, head_losses, text_loss, unloop_loss
+from scripts.nano.model import MoE, NanoStep
+from scripts.nano.optim import Optimiser
 
 REPORT_EVERY, EVALUATE_EVERY, SAVE_EVERY = 25, 300, 100
 
@@ -66,7 +66,7 @@ def learning_rate(stage: Stage, step: int, warmup: int) -> float:
 
 
 def build_optimiser(model: NanoStep, plan: Plan, heads: bool) -> Optimiser:
-    """Over the MTP layers alone (`heads`) or over the rest; the router bias is moved by balance(), never by a gradient."""
+    """Over the MTP layers alone (`heads`) or over the rest; balance() moves the router bias, never a gradient."""
     first_mtp = len(model.backbone)
     is_mtp = lambda n: n.startswith("model.layers.") and int(n.split(".")[2]) >= first_mtp
     for name, p in model.named_parameters():
@@ -102,7 +102,9 @@ class Trainer:
         log, partial = self.log, path.with_suffix(".partial")
         curves = {"curve": log.curve, "evaluations": log.evaluations, "tokens": log.tokens, "seconds": log.seconds}
         where = {"stage": self.stage, "step": self.step, "own": self.own}
-        torch.save(where | curves | {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}, partial)
+        torch.save(
+            where | curves | {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}, partial
+        )
         partial.replace(path)
 
     def run(self) -> Log:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano.model import NanoStep
+from scripts.nano.model import NanoStep
 
 EXTRA = 4  # a row holds T + 4 tokens: the last MTP layer's label lies four past its position
 

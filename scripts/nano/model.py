@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nano.config import Shape
+from scripts.nano.config import Shape
 
 BLOCK = 64  # sliding attention runs on blocks of this many queries; the window must not exceed it
 
@@ -38,9 +38,7 @@ class RMSNorm(nn.Module):
 
 def inverse_frequencies(shape: Shape, full: bool) -> Tensor:
     """Rotary frequencies [rotary_dim / 2] in radians per position; llama3 scaling on full layers only."""
-    share, theta = (
-        (shape.rotary_full, shape.theta_full) if full else (shape.rotary_sliding, shape.theta_sliding)
-    )
+    share, theta = (shape.rotary_full, shape.theta_full) if full else (shape.rotary_sliding, shape.theta_sliding)
     dim = int(shape.head_dim * share)
     freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if not full:

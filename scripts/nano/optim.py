@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalise(grads.lerp(velocities, momentum))  # Nesterov
         rows, cols = update.shape[-2:]
         pieces = update.split([p.numel() // (rows * cols) for p in matrices])
-        for p, piece in zip(matrices, pieces):
+        for p, piece in zip(matrices, pieces, strict=True):
             p.add_(piece.reshape(p.shape), alpha=-lr * max(1.0, rows / cols) ** 0.5)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from sglang_step35.assets import NANO
+
 BOS, EOS, PAD, IM_START, IM_END = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -19,7 +21,7 @@ BOS, EOS, PAD, IM_START, IM_END = (
 CONTROL = (BOS, EOS, PAD, IM_START, IM_END)
 # As in the real tokenizer these survive skip_special_tokens: the reasoning and tool parsers read them.
 VISIBLE = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+TEMPLATE = NANO / "chat_template.jinja"
 
 
 def train(texts: list[str], vocab: int) -> Tokenizer:
