@@ -9,9 +9,8 @@ kept in DIR/state.pt, and a repeated call goes on from there.
 A longer training needs no new start: the rate is constant in the stage "stable", so give that stage more steps in
 nano/config.py and go on from the state.pt of its end (DIR/stable.pt, copied to DIR/state.pt).
 
-The shipped checkpoint is still that of the previous plan (its training_report.json holds it). A run of this plan
-has the better backbone but the worse heads, because their distillation was cut short: see "newer_run_not_shipped"
-there. It was run in three calls; before "distill" its MTP layers had had 600 such steps on a sibling backbone.
+The shipped checkpoint is still that of an earlier plan (its training_report.json holds it). A run of this plan has
+the better backbone and a third of the loops but the worse heads: see "newer_run_not_shipped" there.
 """
 
 from __future__ import annotations
@@ -101,6 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads; one is fastest while the machine is shared"
     )
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where the CPU has AMX")
     args = parser.parse_args()
     plan, shape = (QUICK if args.quick else Plan()), Shape()
     torch.set_num_threads(args.threads)
@@ -111,7 +111,7 @@ def main() -> None:
     model = NanoStep(shape)
     if not args.eager:
         loop.compile_layers(model)
-    log = loop.Trainer(model, plan, mixture, streams["heldout"], args.out / "state.pt").run()
+    log = loop.Trainer(model, plan, mixture, streams["heldout"], args.out / "state.pt", args.bf16).run()
     checkpoint.round_to_bf16(model)
     checkpoint.save_weights(model, args.out)
     with torch.compiler.set_stance("force_eager"):  # other shapes than in training

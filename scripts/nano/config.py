@@ -59,8 +59,9 @@ class Shape:
 class Stage:
     """A run of optimiser steps on one kind of batch: `rows` sequences of `length` tokens.
 
-    `kind` names what is learnt: "text" (the backbone, next tokens of the corpus), "unloop" (the backbone, corpus
-    plus unlikelihood of its own repetitions) or "distill" (the MTP layers, the frozen backbone's distribution).
+    `kind` names what is learnt: "text" (the backbone, next tokens of the corpus), "joint" (the same, and the MTP
+    layers beside it, so that the hidden state learns to hold what they need), "unloop" (the backbone, corpus plus
+    unlikelihood of its own repetitions) or "distill" (the MTP layers, the frozen backbone's distribution).
     `lr` multiplies the base rates and changes linearly from its first to its second value."""
 
     name: str
@@ -79,10 +80,11 @@ class Plan:
 
     seed: int = 20260
     stages: tuple[Stage, ...] = (
-        Stage("stable", "text", 1400, 4, 512, (1.0, 1.0)),
-        Stage("decay", "text", 1400, 4, 512, (1.0, 0.1765)),
-        Stage("unloop", "unloop", 100, 4, 512, (0.1765, 0.0)),
-        Stage("distill", "distill", 300, 8, 256, (1.0, 0.0)),
+        Stage("stable", "text", 3000, 4, 512, (1.0, 1.0)),
+        Stage("decay", "text", 5000, 4, 512, (1.0, 0.35)),
+        Stage("joint", "joint", 1800, 8, 512, (0.35, 0.08)),
+        Stage("unloop", "unloop", 300, 8, 512, (0.12, 0.0)),
+        Stage("distill", "distill", 2500, 8, 256, (1.0, 0.0)),
     )
     muon_lr: float = 0.012
     adam_lr: float = 0.015
@@ -91,13 +93,14 @@ class Plan:
     chat_share: float = 0.04
     chat_examples: int = 3000
     own_prompt: int = 48  # tokens of corpus at the start of every text the backbone writes itself
+    joint_weight: float = 0.15  # of each MTP layer's loss beside the backbone's, in "joint"
     loop_rows: int = 48  # greedy texts of "unloop", written anew every `loop_refresh` steps
     loop_refresh: int = 50
     loop_ngram: int = 8  # a token that completes a repeated n-gram of this size is made less likely
-    loop_weight: float = 0.25  # of that unlikelihood beside the loss of the corpus
+    loop_weight: float = 1.0  # of that unlikelihood beside the loss of the corpus
     own_temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)  # texts of "distill", `own_rows` of each
-    own_rows: int = 128
-    true_rows: int = 192  # and this many crops of the corpus
+    own_rows: int = 768
+    true_rows: int = 1024  # and this many crops of the corpus
     heldout_percent: int = 5
     prompts: int = 200
 
@@ -106,6 +109,7 @@ QUICK = Plan(
     stages=(
         Stage("stable", "text", 50, 8, 256, (1.0, 1.0)),
         Stage("decay", "text", 30, 8, 256, (1.0, 0.0)),
+        Stage("joint", "joint", 3, 8, 128, (0.1, 0.1)),
         Stage("unloop", "unloop", 3, 8, 128, (0.1, 0.0)),
         Stage("distill", "distill", 5, 8, 128, (1.0, 0.0)),
     ),

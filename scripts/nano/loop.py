@@ -14,7 +14,7 @@ from scripts.nano.config import Plan, Stage
 from scripts.nano.data import Mixture
 from scripts.nano.evaluate import agreement, heldout_loss
 from scripts.nano.generate import generate
-from scripts.nano.losses import EXTRA, head_losses, text_loss, unloop_loss
+from scripts.nano.losses import EXTRA, head_losses, joint_loss, text_loss, unloop_loss
 from scripts.nano.model import MoE, NanoStep
 from scripts.nano.optim import Optimiser
 
@@ -46,7 +46,9 @@ class Log:
 
 
 def compile_layers(model: NanoStep) -> None:
-    """Compiles each layer in place for training: about twice the tokens a second on a CPU."""
+    """Compiles each layer in place for training: about twice the tokens a second on a CPU. Torch counts the layers
+    as recompilations of one function, each anew for another shape of batch, and would give up after eight."""
+    torch._dynamo.config.recompile_limit = 8 * len(model.model.layers)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 
@@ -66,11 +68,11 @@ def learning_rate(stage: Stage, step: int, warmup: int) -> float:
 
 
 def build_optimiser(model: NanoStep, plan: Plan, heads: bool) -> Optimiser:
-    """Over the MTP layers alone (`heads`) or over the rest; balance() moves the router bias, never a gradient."""
+    """Over the MTP layers alone (`heads`) or over all; balance() moves the router bias, never a gradient."""
     first_mtp = len(model.backbone)
     is_mtp = lambda n: n.startswith("model.layers.") and int(n.split(".")[2]) >= first_mtp
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.endswith("router_bias") and is_mtp(name) == heads)
+        p.requires_grad_(not name.endswith("router_bias") and (is_mtp(name) or not heads))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return Optimiser(named, plan.muon_lr, plan.adam_lr)
 
@@ -80,9 +82,10 @@ class Trainer:
 
     Batches are drawn with a generator seeded by (stage, step), so a resumed run sees the same ones."""
 
-    def __init__(self, model: NanoStep, plan: Plan, mixture: Mixture, heldout: Tensor, path: Path):
+    def __init__(self, model: NanoStep, plan: Plan, mixture: Mixture, heldout: Tensor, path: Path, bf16: bool):
         self.model, self.plan, self.mixture, self.heldout, self.path = model, plan, mixture, heldout, path
         self.log, self.stage, self.step = Log(), 0, 0
+        self.bf16 = bf16
         self.own: Tensor | None = None  # text the model wrote itself [N, length + 4], in "distill" with true text
         self.hidden: Tensor | None = None  # in "distill" the frozen backbone's state on `own` [N, length, D]
         saved = torch.load(path, weights_only=False) if path.exists() else None
@@ -143,7 +146,8 @@ class Trainer:
     def train_step(self, stage: Stage) -> list[Tensor]:
         started = time.process_time()
         generator = torch.Generator().manual_seed(self.plan.seed + self.stage * 1_000_000 + self.step)
-        losses = self.losses(stage, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            losses = self.losses(stage, generator)
         sum(losses).backward()
         warmup = self.plan.warmup if self.stage == 0 or stage.kind == "distill" else 0
         self.optimiser.step(learning_rate(stage, self.step, warmup))
@@ -158,6 +162,9 @@ class Trainer:
         length = stage.length + EXTRA
         if stage.kind == "text":
             return [text_loss(self.model, self.mixture.rows(stage.rows, length, generator))]
+        if stage.kind == "joint":
+            text, *heads = joint_loss(self.model, self.mixture.rows(stage.rows, length, generator))
+            return [text, *(self.plan.joint_weight * head for head in heads)]
         if stage.kind == "unloop":
             if self.step % self.plan.loop_refresh == 0 or self.own is None:
                 self.own = greedy_text(self.model, self.mixture, self.plan, length, self.step)

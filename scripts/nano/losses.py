@@ -18,6 +18,14 @@ def text_loss(model: NanoStep, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1 : t + 1].flatten())
 
 
+def joint_loss(model: NanoStep, rows: Tensor) -> list[Tensor]:
+    """rows [B, T + 4] -> the loss of the text and of each MTP layer, whose gradients reach the backbone too."""
+    t = rows.shape[1] - EXTRA
+    hidden = model.hidden(rows[:, :t])
+    text = F.cross_entropy(model.logits(hidden).flatten(0, 1), rows[:, 1 : t + 1].flatten())
+    return [text, *head_losses(model, rows, hidden)]
+
+
 def repeats(rows: Tensor, n: int) -> Tensor:
     """[B, T] -> [B, T] bool: the token completes an n-gram that occurred earlier in its row."""
     found = torch.zeros(rows.shape, dtype=torch.bool)
@@ -46,7 +54,7 @@ def unloop_loss(model: NanoStep, own: Tensor, true: Tensor, n: int) -> list[Tens
 def head_losses(model: NanoStep, rows: Tensor, hidden: Tensor) -> list[Tensor]:
     """Loss of each head against the backbone's own distribution p for the same token: what a head is for is to
     guess the backbone. Cross-entropy for fast learning, plus the total variation 1 - sum min(p, q), which is the
-    share of drafts that speculative sampling rejects. rows [B, T + 4], hidden [B, T, D] of the frozen backbone."""
+    share of drafts that speculative sampling rejects. rows [B, T + 4], hidden [B, T, D] of the backbone."""
     with torch.no_grad():
         teacher = model.logits(hidden).softmax(-1)
     losses = []
