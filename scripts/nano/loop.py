@@ -113,8 +113,7 @@ class Trainer:
     def run(self) -> Log:
         while self.stage < len(self.plan.stages):
             self.run_stage(self.current)
-            if self.current.lr[0] == self.current.lr[1]:  # not yet decayed: a longer training can go on from here
-                self.save(self.path.with_name(f"{self.current.name}.pt"))
+            self.save(self.path.with_name(f"{self.current.name}.pt"))  # where a changed plan can go on
             self.stage, self.step = self.stage + 1, 0
             self.save(self.path)
         return self.log
