@@ -21,7 +21,7 @@ ROWS = (
         "sglang.srt.sampling.sampling_batch_info",
         has(
             "SamplingBatchInfo",
-            "device has_custom_logit_processor is_all_greedy logit_bias min_ps need_min_p_sampling "
+            "device has_custom_logit_processor is_all_greedy is_any_greedy logit_bias min_ps need_min_p_sampling "
             "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps",
         ),
     ),
