@@ -26,7 +26,7 @@ def plan_draft_attention(runner, forward_batch, rows: MTPPassInput) -> None:
     """Plan attention once for all MTP layers of a pass."""
     backend = runner.attn_backend
     if hasattr(backend, "plan_rows"):
-        backend.plan_rows(forward_batch.req_pool_indices, rows.row_counts, rows.ends, forward_batch.out_cache_loc)
+        backend.plan_rows(forward_batch.req_pool_indices, rows.row_counts, rows.ends_cpu, forward_batch.out_cache_loc)
     else:
         backend.init_forward_metadata(forward_batch)
 

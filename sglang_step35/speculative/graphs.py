@@ -74,7 +74,6 @@ class PassBuffers(ForwardInputBuffers):
     def load(self, rows: MTPPassInput, hidden: Tensor, req_pool_indices: Tensor, size: int) -> None:
         """Fill in a pass, padded to `size` requests whose rows go to SGLang's dummy slot 0."""
         width = rows.row_counts[0]
-        ends = torch.tensor(rows.ends, dtype=torch.int64)
         values = {
             "positions": rows.positions,
             "out_cache_loc": rows.slots,
@@ -83,10 +82,11 @@ class PassBuffers(ForwardInputBuffers):
             "last": rows.last,
             "hidden_states": hidden,
             "req_pool_indices": req_pool_indices,
-            "seq_lens": ends,
-            "seq_lens_cpu": ends,
+            "seq_lens": rows.ends,
         }
-        count = len(rows.ends)
+        if rows.ends_cpu is not None:
+            values["seq_lens_cpu"] = rows.ends_cpu
+        count = len(rows.row_counts)
         for name, value in values.items():
             buffer = getattr(self, name)
             per_request = len(value) // count
@@ -211,22 +211,23 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
     def serves(self, mode: ForwardMode, rows: MTPPassInput) -> bool:
         """Whether a pass over these rows was captured: those behind a verify step, not a prefill's."""
         width = self.captured_req_width
-        fits = len(rows.ends) <= self.max_bs and all(count == width for count in rows.row_counts)
+        fits = len(rows.row_counts) <= self.max_bs and all(count == width for count in rows.row_counts)
         return mode.is_draft_extend_v2() and fits
 
     def begin(self, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor) -> "CapturedPass":
         """Load a pass and plan its attention."""
-        size = self._pad_to_bucket(len(rows.ends), self.capture_bs)
+        size = self._pad_to_bucket(len(rows.row_counts), self.capture_bs)
         self.buffers.load(rows, hidden, forward_batch.req_pool_indices, size)
         views = self.buffers.first(size)
+        ends = None if rows.ends_cpu is None else views.seq_lens_cpu
         batch = SimpleNamespace(
             batch_size=size,
             forward_mode=ForwardMode.DRAFT_EXTEND_V2,
             input_ids=views.base,
             req_pool_indices=views.req_pool_indices,
             seq_lens=views.seq_lens,
-            seq_lens_cpu=views.seq_lens_cpu,
-            seq_lens_sum=int(views.seq_lens_cpu.sum()),
+            seq_lens_cpu=ends,
+            seq_lens_sum=None if ends is None else int(ends.sum()),
             encoder_lens=None,
             extend_seq_lens=views.extend_seq_lens,
             out_cache_loc=views.out_cache_loc,

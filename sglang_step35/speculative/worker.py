@@ -140,7 +140,9 @@ class Step35SpecWorker(BaseSpecWorker):
         outcome.result.next_draft_input = sampler.draft_input(bonus)
         return outcome.result
 
-    def _draft(self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor, outcome) -> DraftSampler:
+    def _draft(
+        self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome
+    ) -> DraftSampler:
         """Bring the MTP layers up to the committed length and draft the next chain."""
         steps, width = self.settings.num_steps, outcome.tokens.shape[1]
         depth = self.depths.next_depth(len(pool_idx))
@@ -159,7 +161,7 @@ class Step35SpecWorker(BaseSpecWorker):
         return sampler
 
     def _window(
-        self, pool_indices: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome, num_rows: int
+        self, pool_indices: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome, num_rows: int
     ) -> tuple[MTPPassInput, Tensor]:
         """Rows of the MTP pass that ends with the verify window, and their hidden states."""
         width = outcome.tokens.shape[1]
@@ -234,5 +236,7 @@ class Step35SpecWorker(BaseSpecWorker):
         )
 
 
-def _host_lens(batch) -> Tensor:
-    return batch.seq_lens.cpu() if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+def _host_lens(batch) -> Tensor | None:
+    """None where the host does not know them: SGLang asks the attention backends whether they need them."""
+    known = batch.seq_lens_cpu is not None or not host_reads_are_free(batch.seq_lens.device)
+    return batch.seq_lens_cpu if known else batch.seq_lens

@@ -225,7 +225,7 @@ def test_attention_is_planned_once_for_all_layers(mtp, graphs, requests_table):
 
 @pytest.mark.parametrize("counts, served", [([6] * 4, True), ([6] * 5, False), ([6, 8], False)])
 def test_other_widths_and_sizes_are_left_to_the_eager_pass(graphs, counts, served):
-    rows = SimpleNamespace(ends=counts, row_counts=counts)
+    rows = SimpleNamespace(row_counts=counts)
     assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows) == served
     assert not graphs.serves(ForwardMode.EXTEND, rows)
 
