@@ -69,6 +69,14 @@ def verify_width(offered: list[int], num_steps: int, device: torch.device) -> in
     return 1 + num_steps
 
 
+def pass_rows(needed: int, captured: int, device: torch.device) -> int:
+    """Rows of each request in an MTP pass behind a verify step that needs `needed`.
+
+    On CUDA not fewer than the captured graphs have: those before recompute the KV that is there.
+    """
+    return needed if host_reads_are_free(device) else max(needed, captured)
+
+
 def chain_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:
     """SGLang's verify input for a chain of tokens.
 

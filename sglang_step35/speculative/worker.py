@@ -15,7 +15,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.speculative.depth import DepthPlanner
-from sglang_step35.speculative.device import host_reads_are_free, verify_width
+from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.metrics import DraftCounters
@@ -153,7 +153,8 @@ class Step35SpecWorker(BaseSpecWorker):
         sampler = self._sampler(batch, outcome.result.new_seq_lens, may_stop)
         ran = 0
         if depth:
-            num_rows = self.store.lag.rows_needed(pool_idx, width, depth)
+            needed = self.store.lag.rows_needed(pool_idx, width, depth)
+            num_rows = pass_rows(needed, self.settings.pass_rows, seq_lens.device)
             rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
             ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
         self.store.lag.note(pool_idx, width, ran)

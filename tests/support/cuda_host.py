@@ -13,6 +13,7 @@ from sglang.srt.speculative import eagle_info, eagle_utils, eagle_worker_common
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from sglang_step35.speculative import device, draft, graphs, host_copy, verify, worker
+from sglang_step35.speculative.pass_buffers import PassBuffers
 from sglang_step35.speculative.settings import MTPSettings
 from tests.support.toy_requests import ToyRequest
 
@@ -64,9 +65,9 @@ class Graphs(graphs.MTPGraphRunner):
         self.captured_req_width = MTPSettings(STEPS).pass_rows
         self.capture_bs = [1, 8, 48]
         self.max_bs = 48
-        self.buffers = graphs.PassBuffers.allocate(
-            self.max_bs, self.captured_req_width, STEPS, HIDDEN, torch.bfloat16, CUDA
-        )
+        self.buffers = PassBuffers.allocate(self.max_bs, self.captured_req_width, STEPS, HIDDEN, torch.bfloat16, CUDA)
+        self.model_runner, self.reads_end_early = runner, not runner.attn_backend.needs_cpu_seq_lens
+        self.device_module = SimpleNamespace(Event=lambda: SimpleNamespace(record=lambda: None))
         self.backend = SimpleNamespace(replay=lambda key, batch: runner.model.compute_logits(0, batch.seq_lens))
 
     def model_context(self):
