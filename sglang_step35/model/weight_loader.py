@@ -172,8 +172,9 @@ class Loader:
         if wanted is None and entry and entry.routed and parts.expert is None:
             wanted = (owner.experts, *tensor.shape[1:])
         if wanted is not None and tuple(tensor.shape) != wanted:
+            found = "has" if name.endswith(parts.leaf) else "completes a matrix of"
             raise WeightError(
-                f"{self.files.describe(name)} has shape {tuple(tensor.shape)}, config.json asks for "
+                f"{self.files.describe(name)} {found} shape {tuple(tensor.shape)}, config.json asks for "
                 f"{wanted}: use the config.json that was published with these weights"
             )
         self.filled[key] |= self._experts(parts, owner)

@@ -30,15 +30,18 @@ class BlockTensor(PackedTensor):
         return self.values, self.scales
 
     def __getitem__(self, index) -> "BlockTensor":
-        """One matrix or several of a stack; of one matrix, a slice of rows."""
+        """Rows of one matrix as a slice without steps: others would need a scale a row."""
         if self.values.dim() > 2:
             return replace(self, values=self.values[index], scales=self.scales[index])
-        start, end, step = index.indices(len(self.values))
-        if step != 1:
-            raise ValueError(f"rows of FP8 blocks are taken in order, not by steps of {step}")
-        end = max(start, end)
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            raise TypeError(f"rows of FP8 blocks are taken by a slice, not by {index!r}")
+        start, end, _ = index.indices(len(self.values))
+        return self.rows(start, max(start, end))
+
+    def rows(self, start: int, end: int) -> "BlockTensor":
         cut, row = _scale_range(start, end, self.block[0], self.first[0])
-        return replace(self, values=self.values[start:end], scales=self.scales[cut], first=(row, self.first[1]))
+        values, scales = self.values[..., start:end, :], self.scales[..., cut, :]
+        return replace(self, values=values, scales=scales, first=(row, self.first[1]))
 
     def columns(self, start: int, end: int) -> "BlockTensor":
         check_cut(self.shape[-1], start, end, 1, "weights")

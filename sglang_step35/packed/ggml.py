@@ -65,6 +65,9 @@ class GGMLTensor(PackedTensor):
     def __getitem__(self, index) -> "GGMLTensor":
         return GGMLTensor(self.type, self.data[index])
 
+    def rows(self, start: int, end: int) -> "GGMLTensor":
+        return GGMLTensor(self.type, self.data[..., start:end, :])
+
     def columns(self, start: int, end: int) -> "GGMLTensor":
         check_cut(self.shape[-1], start, end, self.type.block, f"{self.type.name} blocks")
         first, last = (at // self.type.block * self.type.size for at in (start, end))

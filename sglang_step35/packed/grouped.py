@@ -79,6 +79,9 @@ class GroupedTensor(PackedTensor):
         zeros = None if self.zeros is None else self.zeros[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros)
 
+    def rows(self, start: int, end: int) -> "GroupedTensor":
+        return self[..., start:end, :]
+
     def columns(self, start: int, end: int) -> "GroupedTensor":
         per_byte = 8 // self.code.bits
         whole = self.scales.shape[-1] == 1  # a scale a row: any cut between bytes will do

@@ -22,8 +22,13 @@ class StackedTensor(PackedTensor):
     def stored(self) -> tuple[Tensor, ...]:
         return tuple(tensor for _, matrix in sorted(self.matrices.items()) for tensor in matrix.stored)
 
-    def __getitem__(self, index: int) -> PackedTensor:
-        return self.matrices[index]
+    def __getitem__(self, index: int | slice) -> PackedTensor:
+        if isinstance(index, int):
+            return self.matrices[index]
+        return StackedTensor({i: self.matrices[e] for i, e in enumerate(range(len(self.matrices))[index])})
+
+    def rows(self, start: int, end: int) -> "StackedTensor":
+        return StackedTensor({number: matrix.rows(start, end) for number, matrix in self.matrices.items()})
 
     def columns(self, start: int, end: int) -> "StackedTensor":
         return StackedTensor({number: matrix.columns(start, end) for number, matrix in self.matrices.items()})

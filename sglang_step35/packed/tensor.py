@@ -27,7 +27,11 @@ class PackedTensor(ABC):
 
     @abstractmethod
     def __getitem__(self, index) -> PackedTensor:
-        """Index the leading dimensions, rows included, as on a tensor: an expert, a slice of rows."""
+        """Index the first dimension as on a tensor: an expert or several of a stack, rows of one matrix."""
+
+    @abstractmethod
+    def rows(self, start: int, end: int) -> PackedTensor:
+        """The rows start .. end - 1 of every matrix."""
 
     @abstractmethod
     def columns(self, start: int, end: int) -> PackedTensor:
