@@ -92,6 +92,8 @@ def _register_quantizations() -> None:
 
     if current_platform.is_out_of_tree():
         from sglang_step35.packed.methods import PackedConfig
+        from sglang_step35.platform.portable import QUANTIZATIONS
 
-        for name in current_platform.supported_quantization:
-            QUANTIZATION_METHODS.setdefault(name, PackedConfig)
+        for name in QUANTIZATIONS:
+            if name not in QUANTIZATION_METHODS:
+                QUANTIZATION_METHODS[name] = PackedConfig

@@ -112,7 +112,10 @@ class PartCollector:
         *leading, groups, rows = scales.shape
         if qweight.shape[-1] == rows:
             bits = words.WORD_BITS * qzeros.shape[-1] // rows
-            columns = qweight.shape[-2] * words.WORD_BITS // bits if bits in (4, 8) else 0
+            if bits not in (4, 8):
+                shape = tuple(qzeros.shape)
+                raise BadPart("qzeros", f"has shape {shape}, which holds no zero points of 4 or 8 bits for {rows} rows")
+            columns = qweight.shape[-2] * words.WORD_BITS // bits
             _check("qweight", qweight, (*leading, columns * bits // words.WORD_BITS, rows))
         else:
             bits, columns = 4, qweight.shape[-2]
