@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ IMPORTED = (
 )  # fmt: skip
 _fork_server = multiprocessing.get_context("forkserver")
 _fork_server.set_forkserver_preload(list(IMPORTED))
+
+
+def call(function: Callable):
+    """What the function returns in a process that has imported SGLang and done nothing else."""
+    with ProcessPoolExecutor(1, _fork_server) as pool:
+        return pool.submit(_call, function).result()
+
+
+def _call(function: Callable):
+    _require_imports()
+    return function()
 
 
 def run_ranks(main: Callable, *args) -> None:
