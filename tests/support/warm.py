@@ -88,8 +88,7 @@ def _serve(command: list[str], env: dict[str, str], log: Path) -> None:
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     importlib.import_module(PRELOADED)
-    os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(env)  # what the plug-ins set while they were loaded stays
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP read the fork server's environment
     sys.argv = command
     from sglang.cli.main import main
