@@ -42,8 +42,8 @@ ROWS = (
         "sglang.srt.configs.model_config",
         has(
             "ModelConfig",
-            "context_len dtype hf_config hf_text_config hidden_size model_path num_nextn_predict_layers quantization "
-            "vocab_size",
+            "context_len dtype hf_config hf_text_config hidden_size is_multimodal model_path num_nextn_predict_layers "
+            "quantization vocab_size",
         ),
     ),
     *module(
@@ -73,7 +73,7 @@ ROWS = (
         "sglang.srt.managers.io_struct",
         has(
             "GenerateReqInput",
-            "input_ids logprob_start_len positional_embed_overrides rid sampling_params "
+            "contains_mm_input input_ids logprob_start_len positional_embed_overrides rid sampling_params "
             "session_params text top_logprobs_num",
         ),
     ),
