@@ -6,7 +6,7 @@ from sglang_step35.cli.readme_command import MIB_PER_GIB, Device
 from sglang_step35.config import ModelSpec
 from sglang_step35.config_fields import ConfigError
 from sglang_step35.planner import GIB, MIB, PlanError
-from sglang_step35.planner.hardware import Hardware, custom, host
+from sglang_step35.planner.hardware import PORTABLE, Hardware, custom, host
 from sglang_step35.planner.plan import Wish, make_plan
 from sglang_step35.planner.stored import Stored
 
@@ -48,6 +48,8 @@ def _mtp(spec: ModelSpec, stored: Stored) -> Fact:
 
 def _room(spec: ModelSpec, stored: Stored, devices: tuple[Device, ...], host_gib: float) -> Fact:
     machine, flags = _machine(stored, devices, host_gib)
+    if machine.engine == PORTABLE and stored.cuda_only:
+        return stored.cuda_only, "serve it on GPUs, or use another quantisation here"
     settings = f"python -m sglang_step35 plan --config {stored.path} {flags}"
     try:
         plan = make_plan(spec, machine, Wish(), stored)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_step35.checkpoint.base import DamagedFile
 from sglang_step35.checkpoint.names import COPIES, VISION_PREFIXES, TensorName, parse_name, text_name
+from sglang_step35.checkpoint.quantization import Quantization, QuantizationError
 from sglang_step35.checkpoint.safetensors import SafetensorsFiles, read_header
 from sglang_step35.config import ModelSpec, parse_config
 from sglang_step35.config_step37 import text_fields
@@ -23,7 +24,10 @@ _METHODS = {"fp8": "fp8", "w8a8_int8": "int8", "auto-round": "int4", "gptq": "in
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint. types: (type as the format writes it, bytes), the largest first. mtp: MTP layers with tensors."""
+    """A checkpoint. types: (type as the format writes it, bytes), the largest first. mtp: MTP layers with tensors.
+
+    cuda_only: why the portable platform refuses its quantisation; None where it serves it.
+    """
 
     path: str
     format: str  # "GGUF", "safetensors"
@@ -32,6 +36,7 @@ class Stored:
     types: tuple[tuple[str, int], ...]
     parts: Parts
     mtp: int
+    cuda_only: str | None = None
 
     @property
     def total(self) -> int:
@@ -86,12 +91,22 @@ def _read_safetensors(folder: Path, spec: ModelSpec, config: Any) -> Stored | No
         for name, entry in read_header(path).items()
         if not name.startswith(VISION_PREFIXES)
     ]
-    return _stored(str(folder), "safetensors", len(paths), _quantization(config), spec, entries)
-
-
-def _quantization(config: Any) -> str:
-    """The planner's name of `quantization_config`'s sizes."""
     given = config.get("quantization_config") or config.get("compression_config")
+    stored = _stored(str(folder), "safetensors", len(paths), _quantization(given), spec, entries)
+    return replace(stored, cuda_only=_refusal(given))
+
+
+def _refusal(given: Any) -> str | None:
+    try:
+        if given:
+            Quantization.of(given)
+    except QuantizationError as error:
+        return str(error)
+    return None
+
+
+def _quantization(given: Any) -> str:
+    """The planner's name of the sizes of a `quantization_config`."""
     if not given:
         return "bf16"
     if given.get("quant_method") != "compressed-tensors":

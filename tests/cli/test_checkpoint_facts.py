@@ -58,6 +58,16 @@ def test_what_does_not_fit():
     assert text == "--tp 8: does not divide the 4 query heads" and mend.endswith("--memory-gb 79.6 --tp N")
 
 
+def test_a_quantisation_that_only_gpus_serve(tmp_path):
+    directory = make_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt_fp4"}
+    (directory / "config.json").write_text(json.dumps(config))
+    text, mend = look(str(directory), (), 64)[2]
+    assert "quantization_config.quant_method in config.json is 'modelopt_fp4'" in text and "GPUs" in mend
+    assert look(str(directory), (H100,), 64)[2][1] is None
+
+
 def test_what_is_no_checkpoint(tmp_path):
     [(text, mend)] = look(str(tmp_path / "nowhere"), (), 24)
     assert text == f"{tmp_path}/nowhere: cannot read it: No such file or directory" and "GGUF" in mend

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_step35.model.causal_lm import Step3p5ForCausalLM
+from sglang_step35.model.mtp import Step3p5MTP
 from sglang_step35.model.weights import WeightError
-from tests.support import model_host
+from tests.support import model_host, quantised
 from tests.support.checkpoints import make_checkpoint
-from tests.support.reference import load_reference
-from tests.support.step37 import STEPFUN, TRANSFORMERS, as_step37
+from tests.support.reference import Reference, load_reference
+from tests.support.step37 import STEPFUN, TRANSFORMERS, as_step37, outer_fields
 
 TOLERANCE = 1e-4
 LAYOUTS = pytest.mark.parametrize("names", [STEPFUN, TRANSFORMERS], ids=["StepFun's names", "transformers' names"])
@@ -86,22 +88,23 @@ def test_vision_tensors_in_a_step35_checkpoint_are_refused(plain, tmp_path):
     assert "vision_model.weight (in model.safetensors) belongs to nothing in this model" in message
 
 
-def test_unquantised_layers_are_named_as_in_the_checkpoint(plain, tmp_path):
-    """`ignored_layers` of FP8 with the prefix end as our layers are called."""
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import _get_quantization_config
+def test_quantised_experts(plain, tmp_path):
+    """In 4 bits, `quantization_config` on the outer level: the logits of the dequantised weights."""
+    source = shutil.copytree(plain, tmp_path / "step35")
+    weights = quantised.write(source, quantised.compressed(4, 32))
+    fields = json.loads((source / "config.json").read_text())
+    directory, ids = as_step37(source, tmp_path / "step37"), prompt(40)
+    outer = outer_fields(fields, quantization_config=fields.pop("quantization_config"))
+    (directory / "config.json").write_text(json.dumps(outer))
+    expected = Reference(fields, weights).logits(ids)
+    assert (model_host.all_logits(model_host.load(directory), ids) - expected).abs().max() < TOLERANCE
 
-    directory = as_step37(plain, tmp_path / "step37")
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [16, 16],
-        "ignored_layers": ["model.language_model.layers.0.self_attn.o_proj"],
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    model_host.ensure_runtime(plain)
-    model_config = ModelConfig(str(directory), dtype="bfloat16")
-    quantisation = _get_quantization_config(model_config, LoadConfig())
-    assert "model.layers.0.self_attn.o_proj" in quantisation.ignored_layers
+
+def test_unquantised_layers_are_named_as_in_the_checkpoint():
+    """Where SGLang's own kernels serve FP8: `ignored_layers` with the prefix end as our layers are called."""
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    config = Fp8Config(True, ignored_layers=["model.language_model.layers.0.self_attn.o_proj"])
+    assert Step3p5ForCausalLM.hf_to_sglang_mapper is Step3p5MTP.hf_to_sglang_mapper
+    config.apply_weight_name_mapper(Step3p5ForCausalLM.hf_to_sglang_mapper)
+    assert config.ignored_layers == ["model.layers.0.self_attn.o_proj"]

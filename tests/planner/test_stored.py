@@ -12,7 +12,7 @@ from sglang_step35.checkpoint.base import DamagedFile
 from sglang_step35.planner.hardware import host
 from sglang_step35.planner.plan import Wish, make_plan
 from sglang_step35.planner.stored import read
-from tests.support import model_host
+from tests.support import model_host, quantised
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.gguf_files import write_gguf
 from tests.support.step37 import as_step37
@@ -30,7 +30,8 @@ def held(*models) -> int:
     seen = {}
     for model in models:
         for parameter in model.parameters():
-            tensors = [part.data for part in getattr(parameter, "parts", {}).values()] or [parameter.data]
+            parts = getattr(parameter, "parts", {}).values()
+            tensors = [tensor for part in parts for tensor in part.stored] or [parameter.data]
             seen |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}
     return sum(seen.values())
 
@@ -55,6 +56,15 @@ def test_weights_of_safetensors_are_what_the_model_holds():
     mtp.share_with(backbone)
     spec, stored = read(str(NANO))
     assert make_plan(spec, host(16), Wish(), stored).resident == pytest.approx(held(backbone, mtp), rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", [quantised.compressed(4, 32), quantised.fp8((16, 16))], ids=["int4", "fp8"])
+def test_weights_of_quantised_safetensors_are_what_the_model_holds(tmp_path, scheme):
+    directory = make_checkpoint(tmp_path / "checkpoint", CheckpointShape(num_mtp=0, dtype="bfloat16"))
+    quantised.write(directory, scheme)
+    backbone = model_host.load(directory, dtype="bfloat16")
+    spec, stored = read(str(directory))
+    assert make_plan(spec, host(16), Wish(), stored).resident == pytest.approx(held(backbone), rel=0.02)
 
 
 def test_every_tensor_belongs_to_a_part(tmp_path):
