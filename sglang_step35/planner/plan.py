@@ -7,7 +7,7 @@ from sglang_step35.planner import MIB, PlanError
 from sglang_step35.planner import reserve as reserves
 from sglang_step35.planner.capacity import Slots, concurrency, longest, sliding_ratio
 from sglang_step35.planner.hardware import LLAMA_CPP, PORTABLE, SGLANG, Hardware
-from sglang_step35.planner.kv import DEFAULT_SWA_RATIO, KVLayout, PoolSizes, kv_layout, sized
+from sglang_step35.planner.kv import BF16, DEFAULT_SWA_RATIO, KVLayout, PoolSizes, kv_layout, sized
 from sglang_step35.planner.parallel import check_tp, choose_ep
 from sglang_step35.planner.reserve import Reserve
 from sglang_step35.planner.stored import Stored
@@ -30,6 +30,7 @@ class Wish:
     mem_fraction_static: float | None = None
     swa_ratio: float | None = None
     mtp: bool = True
+    kv_bytes: int = BF16  # of an element
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def make_plan(spec: ModelSpec, machine: Hardware, wish: Wish, stored: Stored | N
         weights = stored.weights(mtp)
     else:
         weights, stored = device_weights(spec, quantization, tp, mtp), None
-    layout = kv_layout(spec, tp, mtp)
+    layout = kv_layout(spec, tp, mtp, wish.kv_bytes)
     free = machine.free(tp)
     planner = _Planner(machine, wish, tp, context, layout, free, weights.shared_vocabulary)
     best, stock = planner.settle()
@@ -197,6 +198,8 @@ class _Planner:
         The last term makes up for a ratio in thousandths.
         """
         full = running * slots.full(self.context)
+        if self.wish.swa_ratio is not None:
+            return int(full * (self.layout.full_cell + self.wish.swa_ratio * self.layout.sliding_cell))
         sliding = slots.running_pool(running, self.context) + slots.tails(running) + full // 1000
         return full * self.layout.full_cell + sliding * self.layout.sliding_cell
 

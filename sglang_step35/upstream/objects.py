@@ -55,6 +55,11 @@ ROWS = (
         has("ServerArgs", "attention_backend enable_memory_saver enable_metrics numa_node served_model_name"),
         has(
             "ServerArgs",
+            "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path page_size "
+            "swa_full_tokens_ratio",
+        ),
+        has(
+            "ServerArgs",
             "enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
             "ep_num_redundant_experts expert_distribution_recorder_mode pp_size speculative_adaptive "
             "speculative_algorithm speculative_eagle_topk speculative_num_draft_tokens "
