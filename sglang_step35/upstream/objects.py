@@ -55,8 +55,8 @@ ROWS = (
         has("ServerArgs", "attention_backend enable_memory_saver enable_metrics numa_node served_model_name"),
         has(
             "ServerArgs",
-            "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path page_size "
-            "swa_full_tokens_ratio",
+            "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "
+            "page_size swa_full_tokens_ratio",
         ),
         has(
             "ServerArgs",
