@@ -7,8 +7,8 @@ import sys
 # Command -> (module with main(argv), what it does). A module is imported only when its command runs.
 COMMANDS = {
     "nano": ("sglang_step35.cli.nano", "print the path of the packaged nano checkpoint"),
-    "doctor": ("sglang_step35.cli.doctor", "check the installation and this machine"),
-    "plan": ("sglang_step35.cli.plan", "memory plan and serving line for a machine"),
+    "doctor": ("sglang_step35.cli.doctor", "check the installation, this machine and a checkpoint"),
+    "plan": ("sglang_step35.cli.plan", "memory plan and serving line for a machine, with or without GPUs"),
     "preset": ("sglang_step35.cli.preset", "print the path of a preset for sglang serve --config"),
     "bench": ("sglang_step35.cli.bench", "load test of any OpenAI-compatible endpoint, and its report"),
     "claude-code": ("sglang_step35.cli.claude_code", "settings.json block for a local server"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_step35.config_fields import FIXED_FIELDS, READ_FIELDS, ConfigError, Fields, FrozenFields
+from sglang_step35.config_step37 import text_fields
 from sglang_step35.config_unknown import check_unknown
 
 ALL_KEYS = -1  # `earlier_keys` of a layer without a window
@@ -125,13 +126,13 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def parse_config(fields: Mapping[str, Any] | Any) -> ModelSpec:
     """Check a config and turn it into a ModelSpec.
 
-    fields: the mapping read from config.json, or a PretrainedConfig. Unknown keys matter in a mapping only, see
-        `check_unknown`: a live config object also carries what SGLang writes onto it (context_len, v_head_dim, ...),
-        and `Step35HFConfig` has checked its file when it was loaded.
+    fields: the mapping read from config.json, of Step-3.7 too, or a PretrainedConfig. Unknown keys matter in a mapping
+        only, see `check_unknown`: a live config object also carries what SGLang writes onto it (context_len,
+        v_head_dim, ...), and `Step35HFConfig` has checked its file when it was loaded.
     Raises ConfigError, naming the field, its value and the remedy.
     """
     if isinstance(fields, Mapping):
-        config = Fields(fields)
+        config = Fields(text_fields(fields))
         check_unknown(config)
     else:
         names = READ_FIELDS | FIXED_FIELDS.keys()

@@ -1,6 +1,6 @@
-"""The transformers-side config class of `model_type: step3p5`, and where it must be registered.
+"""The transformers-side config classes of `model_type: step3p5` and `step3p7`, and where they must be registered.
 
-transformers and SGLang both own that model type. transformers' class cuts the per-layer lists and makes
+transformers and SGLang both own these model types. transformers' class cuts the per-layer lists and makes
 `num_attention_heads` raise on a plain `hasattr`; SGLang's cannot be saved again. `Step35HFConfig` keeps every field as
 the file has it and checks the file once with `parse_config`. SGLang is imported only inside `register_with_sglang`.
 """
@@ -13,8 +13,9 @@ from sglang_step35.checkpoint.gguf_config import config_fields
 from sglang_step35.checkpoint.gguf_names import ARCHITECTURE as GGUF_ARCHITECTURE
 from sglang_step35.config import FULL, SLIDING, ModelSpec, parse_config
 from sglang_step35.config_fields import FIXED_FIELDS, IGNORED_FIELDS, READ_FIELDS, ConfigError
+from sglang_step35.config_step37 import text_fields
 from sglang_step35.config_unknown import FOREIGN_FIELDS, MEANINGFUL
-from sglang_step35.names import MODEL_TYPE
+from sglang_step35.names import MODEL_TYPE, STEP37_MODEL_TYPE
 
 
 class Step35HFConfig(PretrainedConfig):
@@ -92,13 +93,23 @@ class Step35HFConfig(PretrainedConfig):
         return other.get(name, getattr(self, name))
 
 
+class Step37HFConfig(Step35HFConfig):
+    """The text model of a Step-3.7 config.json: a Step-3.5 config, for SGLang a model without images."""
+
+    model_type = STEP37_MODEL_TYPE
+
+    def __init__(self, **fields: Any):
+        super().__init__(**text_fields({**fields, "model_type": STEP37_MODEL_TYPE}) if fields else {})
+
+
 def register_hf_config() -> None:
-    """Make `AutoConfig` build `Step35HFConfig` for `model_type: step3p5`. May be called again."""
-    AutoConfig.register(MODEL_TYPE, Step35HFConfig, exist_ok=True)
+    """Make `AutoConfig` build our classes for their model types. May be called again."""
+    for config in (Step35HFConfig, Step37HFConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_with_sglang() -> None:
-    """Make SGLang's `get_config` end in `Step35HFConfig`. May be called again.
+    """Make SGLang's `get_config` end in our classes. May be called again.
 
     SGLang reads the file with AutoConfig first (transformers' class dies there) and then once more with the class its
     own registry holds for the model type, so both must be ours. The registry is one dict shared by its importers, and
@@ -107,5 +118,5 @@ def register_with_sglang() -> None:
     from sglang.srt.utils.hf_transformers import common, gguf_native
 
     register_hf_config()
-    common._CONFIG_REGISTRY[MODEL_TYPE] = Step35HFConfig
+    common._CONFIG_REGISTRY |= {MODEL_TYPE: Step35HFConfig, STEP37_MODEL_TYPE: Step37HFConfig}
     gguf_native.GGUF_NATIVE_CONFIG_BUILDERS[GGUF_ARCHITECTURE] = Step35HFConfig.from_gguf

@@ -5,6 +5,8 @@ Every question "is this ours?" ends in `is_ours` or `has_mtp_worker`.
 
 MODEL_TYPE = "step3p5"  # `model_type` of config.json
 BACKBONE = "Step3p5ForCausalLM"  # `architectures[0]` of config.json
+STEP37_MODEL_TYPE = "step3p7"  # of a Step-3.7 file, whose text model we serve
+STEP37 = "Step3p7ForConditionalGeneration"
 MTP = "Step3p5MTP"  # what SGLang calls the draft model of that architecture
 ARCHITECTURES = (BACKBONE, MTP)
 

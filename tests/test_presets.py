@@ -28,6 +28,8 @@ ATTENTION = {
     "fp8-4xh200": "fa3",
     "int4-dgx-spark": "flashinfer",
     "nano-cpu": "step35_portable",
+    "gguf-cpu": "step35_portable",
+    "int4-cpu": "step35_portable",
 }
 WORKER = "sglang_step35.speculative.worker.Step35SpecWorker"
 # Keys that say by themselves what they do, or do in every preset.
@@ -45,11 +47,15 @@ def base(path) -> str:
     return path.stem.removesuffix("-no-mtp")
 
 
+def on_cpu(path) -> bool:
+    return base(path).endswith("-cpu")
+
+
 @cache
-def resolved(on_cpu: bool) -> dict[str, dict]:
+def resolved(cpu: bool) -> dict[str, dict]:
     """What SGLang makes of all presets of one platform, in a process of its own (about 15 s)."""
-    names = [path.stem for path in PRESETS if (base(path) == "nano-cpu") == on_cpu]
-    env = {**os.environ, **({"SGLANG_PLATFORM": "step35"} if on_cpu else {})}
+    names = [path.stem for path in PRESETS if on_cpu(path) == cpu]
+    env = {**os.environ, **({"SGLANG_PLATFORM": "step35"} if cpu else {})}
     done = subprocess.run(
         [sys.executable, preset_host.__file__, *names], capture_output=True, text=True, timeout=300, env=env
     )
@@ -79,7 +85,7 @@ def test_sglang_parses_the_preset(path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_resolves_to_the_intended_backend_worker_and_depth(path):
-    found = resolved(base(path) == "nano-cpu")[path.stem]
+    found = resolved(on_cpu(path))[path.stem]
     assert found["attention_backend"] == ATTENTION[base(path)]
     assert {found["prefill_attention_backend"], found["decode_attention_backend"]} <= {None, ATTENTION[base(path)]}
     if path.stem == base(path):
@@ -88,12 +94,12 @@ def test_preset_resolves_to_the_intended_backend_worker_and_depth(path):
         assert found["enable_multi_layer_eagle"]
     else:
         assert found["worker"] is None and found["speculative_num_steps"] is None
-    assert found["device"] == ("cpu" if base(path) == "nano-cpu" else "cuda")
+    assert found["device"] == ("cpu" if on_cpu(path) else "cuda")
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_no_value_of_the_preset_is_overridden(path):
-    own = resolved(base(path) == "nano-cpu")[path.stem]["own"]
+    own = resolved(on_cpu(path))[path.stem]["own"]
     assert own == {key.replace("-", "_"): value for key, value in fields(path).items() if key != "model-path"}
 
 
@@ -108,3 +114,19 @@ def test_every_preset_has_a_twin_without_mtp(path):
 def test_lines_that_are_not_obvious_say_why(path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if "  # " not in line and line.split(":")[0] not in OBVIOUS] == []
+
+
+@pytest.mark.parametrize("quantization", ["gguf", "int4"])
+def test_memory_of_the_cpu_presets_is_the_planners(quantization):
+    """One request of half the model's context on the smaller of the 128 GB machines."""
+    from sglang_step35.cli.plan import load
+    from sglang_step35.planner.command import serve_arguments
+    from sglang_step35.planner.hardware import machine
+    from sglang_step35.planner.plan import Wish, make_plan
+
+    wish = Wish(quantization=quantization, context=131_072, concurrency=1)
+    planned = serve_arguments(make_plan(load(None)[0], machine("ai-max-395"), wish))
+    preset = fields(CONFIGS / f"{quantization}-cpu.yaml")
+    for flag in ("context-length", "max-running-requests", "chunked-prefill-size", "mem-fraction-static",
+                 "max-total-tokens", "swa-full-tokens-ratio", "model-path", "device"):  # fmt: skip
+        assert planned[planned.index(f"--{flag}") + 1] == str(preset[flag])

@@ -85,9 +85,23 @@ DERIVED = ("blockscale_swizzled", "g_idx_sort_indices")
 # Parameters that SGLang registers whether or not a checkpoint has them: the order of the columns under act-order.
 OPTIONAL = ("g_idx", "weight_g_idx")
 
+# Step-3.7: the text model's tensors stand under a prefix of their own, or are called as Step-3.5's (its FP8 files).
+TEXT_PREFIX = "model.language_model."
+# The vision encoder and its projector, as StepFun and as transformers name them.
+VISION_PREFIXES = tuple(
+    f"{outer}{module}."
+    for outer in ("", "model.")
+    for module in ("vision_model", "vit_large_projector", "multi_modal_projector")
+)
+
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(?:transformer\.)?(.+)")
 _JOINED_LEAF = re.compile(r"(.+\w)(_blocks|_scales)")  # MXFP4 of the Open Compute Project
 _EXPERT_NAME = re.compile(r"moe\.experts\.(\d+)\.(.+)")
+
+
+def text_name(name: str) -> str:
+    """The Step-3.5 name of a tensor of Step-3.7's text model; other names as they are."""
+    return f"model.{name.removeprefix(TEXT_PREFIX)}" if name.startswith(TEXT_PREFIX) else name
 
 
 @dataclass(frozen=True)

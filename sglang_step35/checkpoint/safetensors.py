@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from sglang_step35.checkpoint.base import CheckpointFiles, DamagedFile
+from sglang_step35.checkpoint.names import text_name
 
 INDEX = "model.safetensors.index.json"
 HEADER_LENGTH_BYTES = 8  # little-endian length of the JSON header that follows
@@ -23,7 +24,7 @@ class SafetensorsFiles(CheckpointFiles):
         index = self.folder / INDEX if self.folder else None
         self.listed: dict[str, str] = {}
         if index is not None and index.is_file():
-            self.listed = json.loads(index.read_text())["weight_map"]
+            self.listed = {text_name(name): file for name, file in json.loads(index.read_text())["weight_map"].items()}
 
     def __str__(self) -> str:
         return f"the checkpoint {self.folder}" if self.folder else "the checkpoint"
@@ -93,8 +94,9 @@ def read_header(file: Path) -> dict:
 
 
 def _names(file: Path) -> dict:
+    """The header of a whole file under the text model's names, nothing for a damaged one."""
     try:
-        return read_header(file)
+        return {text_name(name): entry for name, entry in read_header(file).items()}
     except DamagedFile:
         return {}
 

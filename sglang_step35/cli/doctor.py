@@ -1,4 +1,4 @@
-"""`python -m sglang_step35 doctor`: is the plug-in in place, and what would it do on this machine."""
+"""`python -m sglang_step35 doctor [CHECKPOINT]`: is the plug-in in place, what would run here, what is a checkpoint."""
 
 import argparse
 import importlib.metadata
@@ -29,8 +29,10 @@ class Finding:
 def main(argv: list[str]) -> int:
     """Print the report; 1 when something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m sglang_step35 doctor", description=__doc__)
-    parser.parse_args(argv)
-    findings = [finding for check in CHECKS for finding in _findings(check)]
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint's folder or a GGUF file to look at as well")
+    path = parser.parse_args(argv).checkpoint
+    checks = CHECKS if path is None else (*CHECKS, lambda: check_checkpoint(path))
+    findings = [finding for check in checks for finding in _findings(check)]
     for finding in findings:
         mark = "WRONG" if finding.mend else "ok"
         print(f"{mark:5}  {finding.topic:10}  {finding.text}")
@@ -138,6 +140,17 @@ def check_machine() -> list[Finding]:
         found.append(Finding("device", f"{device.name}, {device.memory} MiB, SM {version}"))
     found.append(Finding("platform", text))
     return [*found, *(Finding("serve", line) for line in outcome(devices, memory))]
+
+
+def check_checkpoint(path: str) -> list[Finding]:
+    """Format, MTP layers, and whether it fits this machine."""
+    import psutil
+
+    from sglang_step35.cli import checkpoint_facts
+
+    devices = cuda_devices() if plugin.activate_platform() is None else ()
+    facts = checkpoint_facts.look(path, devices, psutil.virtual_memory().total / 2**30)
+    return [Finding("checkpoint", text, mend) for text, mend in facts]
 
 
 def cuda_devices() -> "tuple[Device, ...]":

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from sglang_step35.cli.plan import load
 from sglang_step35.planner import GIB, PlanError
-from sglang_step35.planner.hardware import custom
+from sglang_step35.planner.hardware import custom, host
 from sglang_step35.planner.kv import DEFAULT_SWA_RATIO
 from sglang_step35.planner.plan import Plan, Wish, make_plan
 
 TP_SIZE = 8
+CPU_CHOICES = ("bf16", "int8", "gguf", "int4")  # the largest that fits is advised
 MIB_PER_GIB = 1024
 
 
@@ -43,19 +44,19 @@ def outcome(devices: tuple[Device, ...], host_gib: float) -> list[str]:
 
 
 def _on_cpu(host_gib: float) -> list[str]:
-    """There is one way to run 196B parameters on the portable platform: not at all."""
-    spec_gib = _weights_gib()
-    verdict = "does not fit" if spec_gib > host_gib else "fits, but far too slow to use"
-    return [
-        f"the README's command would load {spec_gib:.0f} GiB of bf16 weights into {host_gib:.0f} GiB: {verdict}",
-        "for this machine: scripts/quickstart.sh, or scripts/serve.sh nano-cpu (the packaged nano checkpoint)",
-    ]
-
-
-def _weights_gib() -> float:
-    """The whole checkpoint: weights of one device with --tp-size 1."""
+    """The portable platform serves the model where a quantised file fits the memory."""
     spec, _ = load(None)
-    return make_plan(spec, custom(1, 1, "bf16"), Wish()).resident / GIB
+    plans = {name: make_plan(spec, host(host_gib), Wish(quantization=name)) for name in CPU_CHOICES}
+    bf16 = plans["bf16"]
+    verdict = "fits" if bf16.longest(1) else "does not fit"
+    first = f"the README's command would load {bf16.resident / GIB:.0f} GiB of bf16 weights into {host_gib:.0f} GiB: "
+    for name, plan in plans.items():
+        if plan.longest(1):
+            size = f"--cpu-memory-gb {host_gib:.0f} --quantization {name}"
+            text = f"settings for this machine, up to {plan.longest(1)} tokens: python -m sglang_step35 plan {size}"
+            return [first + verdict, text]
+    text = "for this machine: scripts/quickstart.sh, or scripts/serve.sh nano-cpu (the packaged nano checkpoint)"
+    return [first + verdict, text]
 
 
 def _advice(count: int, memory: float) -> str:

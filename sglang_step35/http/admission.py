@@ -60,6 +60,9 @@ def _raise_refusal(output: object) -> None:
 def admit(manager, obj: GenerateReqInput) -> None:
     """Raise ValueError for what no request may ask."""
     vocabulary = manager.model_config.vocab_size
+    if obj.contains_mm_input() and not manager.model_config.is_multimodal:
+        # Without a processor SGLang would answer as if the picture were not there.
+        raise ValueError("this model takes text only: remove image_data, video_data and audio_data")
     _check_text(obj.text)
     _check_ids(obj.input_ids, vocabulary)
     _check_lists(obj)

@@ -45,12 +45,15 @@ class Step35AnthropicServing(AnthropicServing):
     Kept: the translation to the chat endpoint and back. Replaced, because stock (0.5.23)
     - refuses or ignores `thinking: disabled`: Step-3.5 reasons anyway, so the thinking is left
       out of the answer instead (of this model's only);
-    - reports a stop sequence as "end_turn", without naming it.
+    - reports a stop sequence as "end_turn", without naming it;
+    - leaves out images that it cannot translate, and counts the tokens of a request with images, for a text model.
     """
 
     _hidden = False  # whether this request's thinking is
 
     def _convert_to_chat_completion_request(self, anthropic_request):
+        if not self.openai_serving_chat.tokenizer_manager.model_config.is_multimodal:
+            _refuse_images(anthropic_request.messages)
         if self._hides(anthropic_request):
             anthropic_request = anthropic_request.model_copy(update={"thinking": None})
         return super()._convert_to_chat_completion_request(anthropic_request)
@@ -93,6 +96,20 @@ class Step35AnthropicServing(AnthropicServing):
                 payload["delta"] = {"stop_reason": "stop_sequence", "stop_sequence": chat.stop}
                 event = _event(payload)
             yield event
+
+
+def _refuse_images(messages) -> None:
+    """Raise ValueError for an image block, inside a tool's result too."""
+    for index, message in enumerate(messages):
+        if _has_image(message.content):
+            raise ValueError(f"messages.{index}: this model takes text only, remove the image")
+
+
+def _has_image(content) -> bool:
+    if content is None or isinstance(content, str):
+        return False
+    results = (block.content for block in content if block.type == "tool_result")
+    return any(block.type == "image" for block in content) or any(_has_image(result) for result in results)
 
 
 class _WithStop:

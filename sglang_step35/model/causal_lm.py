@@ -19,7 +19,7 @@ from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer, stages
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
-from sglang_step35.model.vocab import PACKED_MODULES, embedding, name_parts, output_head
+from sglang_step35.model.vocab import PACKED_MODULES, TEXT_NAMES, embedding, name_parts, output_head
 from sglang_step35.model.weights import load_backbone, refresh
 from sglang_step35.model.widths import check_ranks
 
@@ -89,6 +89,7 @@ class Step3p5ForCausalLM(nn.Module):
     """
 
     packed_modules_mapping = PACKED_MODULES
+    hf_to_sglang_mapper = TEXT_NAMES
 
     def __init__(self, config, quant_config=None, prefix: str = ""):
         super().__init__()

@@ -30,7 +30,7 @@ from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.shared_tables import SharedTables
-from sglang_step35.model.vocab import PACKED_MODULES, keeps_packed, name_parts
+from sglang_step35.model.vocab import PACKED_MODULES, TEXT_NAMES, keeps_packed, name_parts
 from sglang_step35.model.weights import load_mtp, refresh
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class Step3p5MTP(nn.Module):
     """
 
     packed_modules_mapping = PACKED_MODULES
+    hf_to_sglang_mapper = TEXT_NAMES
 
     def __init__(self, config, quant_config=None, prefix: str = "", draft_model_idx: int | None = None):
         super().__init__()

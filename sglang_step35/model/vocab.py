@@ -2,8 +2,10 @@
 
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.models.utils import WeightsMapper
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_step35.checkpoint.names import TEXT_PREFIX
 from sglang_step35.config import ModelSpec
 from sglang_step35.names import PACKED_METHOD
 
@@ -12,6 +14,10 @@ PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
+
+
+# A quantisation of Step-3.7 lists layers by the checkpoint's names.
+TEXT_NAMES = WeightsMapper(orig_to_new_prefix={TEXT_PREFIX: "model."})
 
 
 def name_parts(quant_config) -> None:

@@ -16,11 +16,14 @@ from sglang_step35.checkpoint.names import (
     LAYER,
     MODEL,
     MTP_LAYER,
+    VISION_PREFIXES,
     model_shapes,
+    text_name,
 )
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import QKNormRope
 from sglang_step35.model.weight_loader import OUTSIDE, Loader, Owner, WeightError
+from sglang_step35.names import STEP37_MODEL_TYPE
 
 
 def load_backbone(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: bool) -> None:
@@ -68,8 +71,11 @@ def refresh(model: nn.Module) -> None:
 def _load(model: nn.Module, owners: Mapping, weights, complete: bool, absent: str | None = None) -> dict:
     """absent: what a checkpoint without a single tensor for this model means."""
     loader = Loader(model, owners, open_files(getattr(model.config, "_name_or_path", None)))
+    weights = _guarded(weights, loader.files)
+    if model.config.model_type == STEP37_MODEL_TYPE:
+        weights = ((text_name(name), tensor) for name, tensor in weights if not name.startswith(VISION_PREFIXES))
     with torch.no_grad():
-        for name, tensor in _guarded(weights, loader.files):
+        for name, tensor in weights:
             loader.take(name, tensor)
     if complete and absent and not loader.filled:
         raise WeightError(f"{loader.files} {absent}")

@@ -2,6 +2,7 @@
 
 import shlex
 
+from sglang_step35.planner.hardware import PORTABLE
 from sglang_step35.planner.kv import DEFAULT_SWA_RATIO
 from sglang_step35.planner.plan import EAGLE_RUNNING, Plan
 
@@ -9,21 +10,16 @@ from sglang_step35.planner.plan import EAGLE_RUNNING, Plan
 CHECKPOINTS = {
     "bf16": "stepfun-ai/Step-3.5-Flash",
     "fp8": "stepfun-ai/Step-3.5-Flash-FP8",
+    "int8": "/path/to/Step-3.5-Flash-INT8",
     "int4": "/path/to/Step-3.5-Flash-INT4",
+    "gguf": "/path/to/step-3.5-flash-Q4_K_S.gguf",
 }
 
 
 def serve_arguments(plan: Plan, model: str | None = None) -> list[str]:
     """The arguments of `sglang`; model: path or hub name, by default the published checkpoint."""
     flags = ["serve", "--model-path", model or CHECKPOINTS[plan.quantization], "--served-model-name", "step3p5-flash"]
-    flags += ["--tp-size", str(plan.tp)]
-    if plan.ep > 1:
-        flags += ["--ep-size", str(plan.ep)]
-    if plan.quantization == "fp8":
-        flags += ["--quantization", "fp8"]
-    elif plan.quantization == "int4":
-        # The checkpoint names its method; by default SGLang picks Marlin, which knows no SwiGLU clamp.
-        flags += ["--moe-runner-backend", "triton"]
+    flags += ["--device", "cpu", "--sleep-on-idle"] if plan.machine.engine == PORTABLE else _on_cuda(plan)
     flags += ["--tool-call-parser", "step3p5", "--reasoning-parser", "step3p5"]
     if plan.machine.attention:
         flags += ["--attention-backend", plan.machine.attention]
@@ -36,6 +32,19 @@ def serve_arguments(plan: Plan, model: str | None = None) -> list[str]:
 def serve_line(plan: Plan, model: str | None = None) -> str:
     """The command on one line, quoted for a shell."""
     return shlex.join(["sglang", *serve_arguments(plan, model)])
+
+
+def _on_cuda(plan: Plan) -> list[str]:
+    """Parallel sizes and kernels. The checkpoint names its own method of quantisation."""
+    flags = ["--tp-size", str(plan.tp)]
+    if plan.ep > 1:
+        flags += ["--ep-size", str(plan.ep)]
+    if plan.quantization == "fp8":
+        flags += ["--quantization", "fp8"]
+    elif plan.quantization == "int4":
+        # By default SGLang picks Marlin, which knows no SwiGLU clamp.
+        flags += ["--moe-runner-backend", "triton"]
+    return flags
 
 
 def _speculative(steps: int) -> list[str]:
@@ -63,4 +72,7 @@ def _memory(plan: Plan) -> list[str]:
         flags += ["--mem-fraction-static", f"{setup.reserve.mem_fraction_static:g}"]
     if setup.reserve.tight:
         flags += ["--chunked-prefill-size", str(setup.reserve.chunk)]
+    if plan.machine.engine == PORTABLE:
+        # SGLang takes mapped weights for free memory.
+        flags += ["--max-total-tokens", str(setup.pools.full_tokens)]
     return flags

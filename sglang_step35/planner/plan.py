@@ -6,10 +6,11 @@ from sglang_step35.config import ModelSpec
 from sglang_step35.planner import MIB, PlanError
 from sglang_step35.planner import reserve as reserves
 from sglang_step35.planner.capacity import Slots, concurrency, longest, sliding_ratio
-from sglang_step35.planner.hardware import LLAMA_CPP, Hardware
-from sglang_step35.planner.kv import DEFAULT_SWA_RATIO, KVLayout, PoolSizes, kv_layout, sized
+from sglang_step35.planner.hardware import LLAMA_CPP, PORTABLE, SGLANG, Hardware
+from sglang_step35.planner.kv import BF16, DEFAULT_SWA_RATIO, KVLayout, PoolSizes, kv_layout, sized
 from sglang_step35.planner.parallel import check_tp, choose_ep
 from sglang_step35.planner.reserve import Reserve
+from sglang_step35.planner.stored import Stored
 from sglang_step35.planner.weights import Parts, device_weights
 
 EAGLE_RUNNING = 48  # SGLang's --max-running-requests under EAGLE when none is given
@@ -29,6 +30,7 @@ class Wish:
     mem_fraction_static: float | None = None
     swa_ratio: float | None = None
     mtp: bool = True
+    kv_bytes: int = BF16  # of an element
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Plan:
     budget: int  # bytes for KV with SGLang's default reserve; negative when the weights do not fit
     best: Setup | None
     stock: Setup | None
+    stored: Stored | None  # the checkpoint the weights were counted in; None for an estimate
 
     @property
     def resident(self) -> int:
@@ -92,26 +95,41 @@ class Plan:
         return longest(self.best.pools, self.best.slots, requests, self.spec.max_position)
 
 
-def make_plan(spec: ModelSpec, machine: Hardware, wish: Wish) -> Plan:
-    """Plan SGLang on a machine. Raises PlanError naming the option that cannot be served."""
-    quantization = wish.quantization or machine.quantization
+def make_plan(spec: ModelSpec, machine: Hardware, wish: Wish, stored: Stored | None = None) -> Plan:
+    """Plan SGLang on a machine. stored: the checkpoint, where it is at hand.
+
+    Raises PlanError naming the option that cannot be served.
+    """
+    quantization = wish.quantization or (stored.quantization if stored else machine.quantization)
     if machine.engine == LLAMA_CPP:
         raise PlanError(f"--hardware: {machine.label} runs this model in llama.cpp only, not in SGLang")
-    if quantization == "gguf":
-        raise PlanError(
-            "--quantization gguf: SGLang does not load it on CUDA here; use int4, or serve the file with --device cpu"
-        )
+    if stored and quantization != stored.quantization:
+        raise PlanError(f"--quantization {quantization}: {stored.path} is {stored.quantization}; leave the option out")
+    if quantization == "gguf" and machine.engine == SGLANG:
+        machine = _served_from_cpu(machine)
     tp = check_tp(spec, wish.tp or machine.devices, machine.devices)
     ep = choose_ep(spec, quantization, tp, wish.ep)
     context = _context(spec, wish)
-    mtp = wish.mtp and bool(spec.mtp_layers)
-    weights = device_weights(spec, quantization, tp, mtp)
-    layout = kv_layout(spec, tp, mtp)
+    mtp = wish.mtp and bool(spec.mtp_layers if stored is None else stored.mtp)
+    if stored and machine.engine == PORTABLE:
+        weights = stored.weights(mtp)
+    else:
+        weights, stored = device_weights(spec, quantization, tp, mtp), None
+    layout = kv_layout(spec, tp, mtp, wish.kv_bytes)
     free = machine.free(tp)
     planner = _Planner(machine, wish, tp, context, layout, free, weights.shared_vocabulary)
     best, stock = planner.settle()
     budget = planner.budget(planner.reserve("default", None).mem_fraction_static)
-    return Plan(spec, machine, wish, quantization, tp, ep, context, weights, layout, free, budget, best, stock)
+    return Plan(spec, machine, wish, quantization, tp, ep, context, weights, layout, free, budget, best, stock, stored)
+
+
+def _served_from_cpu(machine: Hardware) -> Hardware:
+    if not machine.unified:
+        raise PlanError(
+            "--quantization gguf: SGLang's GGUF kernels have not been tried on CUDA by us and split no K-quants over "
+            "devices; use int4, or give the host's memory, --cpu-memory-gb"
+        )
+    return machine.on_cpu()
 
 
 def _context(spec: ModelSpec, wish: Wish) -> int:
@@ -137,7 +155,7 @@ class _Planner:
         """(advised setup, the same memory with SGLang's default ratio)."""
         wanted = self.wish.concurrency or 1
         tried = []
-        for kind in ("default", "tight") if self.wish.mem_fraction_static is None else ("fixed",):
+        for kind in self._kinds():
             for running in (wanted,) if self.wish.concurrency else _RUNNING_CHOICES:
                 setup = self.setup(kind, running, self.wish.swa_ratio)
                 if setup is None:
@@ -150,6 +168,12 @@ class _Planner:
         best, kind = max(tried, key=lambda pair: (pair[0].concurrency(self.context), pair[0].pools.full_tokens))
         return best, self.setup(kind, best.running, DEFAULT_SWA_RATIO)
 
+    def _kinds(self) -> tuple[str, ...]:
+        """Reserves to try. On a CPU only the tight one: there are no graphs, and SGLang's own would be 10 GiB."""
+        if self.wish.mem_fraction_static is not None:
+            return ("fixed",)
+        return ("tight",) if self.machine.engine == PORTABLE else ("default", "tight")
+
     def setup(self, kind: str, running: int, ratio: float | None) -> Setup | None:
         """One combination, or None where SGLang would not start. ratio None: the smallest that serves `running`."""
         reserve = self.reserve(kind, running)
@@ -157,6 +181,8 @@ class _Planner:
         slots = Slots(self.layout.retained, self.wish.page_size, self.layout.mtp_layers + 1, reserve.chunk)
         if budget <= 0:
             return None
+        if self.machine.engine == PORTABLE:
+            budget = min(budget, self._most(running, slots))
         if ratio is None:
             ratio = sliding_ratio(budget, self.layout, slots, running, self.context)
         tokens = int(budget // (self.layout.full_cell + ratio * self.layout.sliding_cell))
@@ -165,6 +191,17 @@ class _Planner:
         except PlanError:
             return None
         return Setup(reserve, running, ratio, budget, pools, slots)
+
+    def _most(self, running: int, slots: Slots) -> int:
+        """KV bytes that `running` requests of the asked context can use: the rest stays the host's.
+
+        The last term makes up for a ratio in thousandths.
+        """
+        full = running * slots.full(self.context)
+        if self.wish.swa_ratio is not None:
+            return int(full * (self.layout.full_cell + self.wish.swa_ratio * self.layout.sliding_cell))
+        sliding = slots.running_pool(running, self.context) + slots.tails(running) + full // 1000
+        return full * self.layout.full_cell + sliding * self.layout.sliding_cell
 
     def reserve(self, kind: str, running: int | None) -> Reserve:
         memory = self.machine.memory / MIB

@@ -9,7 +9,7 @@ from sglang_step35.planner import GIB, MIB
 from sglang_step35.planner.capacity import cached_prompts
 from sglang_step35.planner.command import serve_line
 from sglang_step35.planner.elsewhere import Judgement
-from sglang_step35.planner.hardware import LLAMA_CPP
+from sglang_step35.planner.hardware import LLAMA_CPP, PORTABLE
 from sglang_step35.planner.kv import DEFAULT_SWA_RATIO
 from sglang_step35.planner.plan import Plan, Setup
 from sglang_step35.planner.weights import GGUF_Q4_K_S_BYTES, active_parameters, parameters
@@ -57,8 +57,9 @@ def text(plan: Plan, model: str | None = None) -> str:
 
 def _head(plan: Plan) -> list[str]:
     count, machine = parameters(plan.spec), plan.machine
+    how = "on the CPU" if _on_cpu(plan) else f"tensor parallel {plan.tp}, expert parallel {plan.ep}"
     return [
-        f"{machine.label}, {plan.quantization}, tensor parallel {plan.tp}, expert parallel {plan.ep}",
+        f"{machine.label}, {plan.quantization}, {how}",
         f"parameters: {_count(count.backbone)} backbone, {_count(active_parameters(plan.spec))} active per token, "
         f"{_count(count.mtp)} in {len(plan.spec.mtp_layers)} MTP layers, {_count(count.mtp_heads)} in their own heads",
     ]
@@ -70,7 +71,7 @@ def _weights(plan: Plan, published: bool) -> list[str]:
     def row(name: str, count: int, remark: str = "") -> str:
         return f"  {name:<36}{count / size:>8.2f}{remark}"
 
-    lines = [f"weights, {unit} on each device"]
+    lines = [f"weights, {unit} {f'in {plan.stored.path}' if plan.stored else 'on each device'}"]
     for field in fields(plan.weights):
         if field.name.startswith("mtp") and not plan.layout.mtp_layers:
             continue
@@ -108,23 +109,29 @@ def _memory(plan: Plan) -> list[str]:
     rows = [("in all", machine.memory)]
     if machine.system:
         rows.append(("operating system (estimate)", machine.system))
-    rows.append(("CUDA context, NCCL (estimate)", machine.memory - machine.system - plan.free))
+    runtime = "the server's processes (estimate)" if _on_cpu(plan) else "CUDA context, NCCL (estimate)"
+    rows.append((runtime, machine.memory - machine.system - plan.free))
     rows.append(("weights", plan.resident))
     if plan.best:
         reserve = plan.best.reserve
-        rows.append(("activations, graphs: not touched", plan.free - plan.resident - plan.best.budget))
+        rest = "activations, and the host's" if _on_cpu(plan) else "activations, graphs: not touched"
+        rows.append((rest, plan.free - plan.resident - plan.best.budget))
         rows.append(("KV cache", plan.best.budget))
         own = "SGLang's default" if plan.wish.mem_fraction_static is None else "given"
         how = "tightened" if reserve.tight else own
         note = (
-            f"  mem_fraction_static {reserve.mem_fraction_static:g} ({how}), chunk {reserve.chunk} tokens, "
-            f"graphs up to {reserve.graph_batch} requests"
+            f"  mem_fraction_static {reserve.mem_fraction_static:g} ({how}), chunk {reserve.chunk} tokens"
+            f"{'' if _on_cpu(plan) else f', graphs up to {reserve.graph_batch} requests'}"
         )
     else:
         rows.append(("left for KV after SGLang's reserve", plan.budget))
         note = ""
     lines += [f"  {name:<36}{gib(size):>8}" for name, size in rows]
     return [*lines, note] if note else lines
+
+
+def _on_cpu(plan: Plan) -> bool:
+    return plan.machine.engine == PORTABLE
 
 
 def _capacity(plan: Plan, best: Setup) -> list[str]:
@@ -151,6 +158,8 @@ def _verdict(plan: Plan, model: str | None) -> list[str]:
     requests = plan.wish.concurrency or 1
     asked = f"{requests} request{'s' if requests > 1 else ''} of {plan.context} tokens"
     notes = [plan.machine.note] if plan.machine.note else []
+    if plan.stored and plan.spec.mtp_layers and not plan.stored.mtp:
+        notes.append(f"{plan.stored.path} has no MTP layers: it is served without drafts")
     if plan.best is None:
         return [f"DOES NOT FIT: {asked}: {gib(plan.resident)} GiB of weights leave no room for a KV pool", *notes]
     if plan.fits:
@@ -176,6 +185,7 @@ def as_json(plan: Plan, model: str | None = None) -> dict[str, Any]:
                        "active": active_parameters(plan.spec)},
         "weight_bytes": {**asdict(plan.weights), "resident": plan.resident, "stock": plan.weights.stock},
         "gguf_q4_k_s_bytes": GGUF_Q4_K_S_BYTES,
+        "checkpoint": plan.stored and {"path": plan.stored.path, "bytes": plan.stored.total, "mtp": plan.stored.mtp},
         "kv": {**asdict(plan.layout), "full_cell": plan.layout.full_cell, "sliding_cell": plan.layout.sliding_cell},
         "memory_bytes": plan.machine.memory,
         "free_bytes": plan.free,

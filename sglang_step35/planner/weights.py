@@ -11,12 +11,13 @@ from sglang_step35.planner import PlanError
 
 BF16, FP32 = 2, 4  # bytes of an element
 BLOCK = 128  # FP8 scales one 128 x 128 block, INT4 one group of 128 inputs
+Q4_K, Q6_K = 144 / 256, 210 / 256  # bytes of a weight
 REPLICATED = 1
 
-# The published Q4_K_S file, in bytes, MTP layers included or not is not documented: a given figure, not a computed one.
+# The published Q4_K_S file, in bytes: a given figure. By `_gguf_bytes` it has no MTP layers.
 GGUF_Q4_K_S_BYTES = 111_500_000_000
 
-QUANTIZATIONS = ("bf16", "fp8", "int4")
+QUANTIZATIONS = ("bf16", "fp8", "int8", "int4", "gguf")
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,23 @@ class Tensor:
         return self.rows * self.cols * self.copies
 
     def device_bytes(self, tp: int, quantization: str) -> int:
-        """Bytes one of `tp` devices holds. Only routed experts are quantised; the rest stays in bf16."""
-        if self.part == "routed":
+        """Bytes one of `tp` devices holds. Only routed experts are quantised, the rest stays in bf16; but for GGUF."""
+        if quantization == "gguf":
+            total = self._gguf_bytes()
+        elif self.part == "routed":
             total = self.copies * _quantised_bytes(self.rows, self.cols, quantization)
         else:
             total = self.elements * self.element_bytes
         return total // min(tp, self.max_shards)
+
+    def _gguf_bytes(self) -> int:
+        """Of llama.cpp's Q4_K_S: Q4_K, but for the head in Q6_K and norms and routers in float32.
+
+        The few matrices it gives Q5_K add 0.4 % to the published file.
+        """
+        if self.part in ("norms", "router"):
+            return self.elements * FP32
+        return int(self.elements * (Q6_K if self.part in ("head", "mtp_heads") else Q4_K))
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,8 @@ def _quantised_bytes(rows: int, cols: int, quantization: str) -> int:
     if quantization == "fp8":
         # E4M3, one float32 scale for a block of 128 x 128 (`weight_scale_inv`).
         return rows * cols + -(-rows // BLOCK) * -(-cols // BLOCK) * FP32
+    if quantization == "int8":
+        return rows * cols + rows * BF16  # one bf16 scale a row
     if quantization == "int4":
         # Symmetric 4 bit, one bf16 scale for a group of 128 inputs.
         return rows * cols // 2 + rows * -(-cols // BLOCK) * BF16

@@ -56,6 +56,11 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         own_default = "torch_native" if self.cpu_arch == CpuArchEnum.ARM else "intel_amx"
         if server_args.attention_backend in (None, own_default):
             server_args.attention_backend = ATTENTION_BACKEND
+        from sglang_step35.platform.kv_default import max_total_tokens
+
+        tokens = max_total_tokens(server_args)
+        if tokens is not None:
+            server_args.max_total_tokens = tokens
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == "EAGLE"

@@ -182,6 +182,10 @@ ROWS = (
         takes("default_weight_loader", "param loaded_weight"),
     ),
     *module(
+        "sglang.srt.models.utils",
+        takes("WeightsMapper", "orig_to_new_substr orig_to_new_prefix orig_to_new_suffix"),
+    ),
+    *module(
         "sglang.srt.runtime_context",
         takes("get_exec", ""),
         takes("get_lora", ""),
@@ -199,7 +203,7 @@ ROWS = (
     *module(
         "sglang.srt",
         reads("models.registry", "EntryClass"),
-        reads("model_loader.loader", "load_weights post_load_weights packed_modules_mapping"),
+        reads("model_loader.loader", "load_weights post_load_weights packed_modules_mapping hf_to_sglang_mapper"),
         reads("model_executor.model_runner_components.load_model_utils", "get_attention_sliding_window_size"),
         reads("eplb.expert_location", "get_model_config_for_expert_location"),
     ),

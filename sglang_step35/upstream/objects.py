@@ -42,8 +42,8 @@ ROWS = (
         "sglang.srt.configs.model_config",
         has(
             "ModelConfig",
-            "context_len dtype hf_config hf_text_config hidden_size model_path num_nextn_predict_layers quantization "
-            "vocab_size",
+            "context_len dtype hf_config hf_text_config hidden_size is_multimodal model_path num_nextn_predict_layers "
+            "quantization vocab_size",
         ),
     ),
     *module(
@@ -53,6 +53,11 @@ ROWS = (
     *module(
         "sglang.srt.server_args",
         has("ServerArgs", "attention_backend enable_memory_saver enable_metrics numa_node served_model_name"),
+        has(
+            "ServerArgs",
+            "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "
+            "page_size swa_full_tokens_ratio",
+        ),
         has(
             "ServerArgs",
             "enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
@@ -73,7 +78,7 @@ ROWS = (
         "sglang.srt.managers.io_struct",
         has(
             "GenerateReqInput",
-            "input_ids logprob_start_len positional_embed_overrides rid sampling_params "
+            "contains_mm_input input_ids logprob_start_len positional_embed_overrides rid sampling_params "
             "session_params text top_logprobs_num",
         ),
     ),

@@ -106,6 +106,10 @@ ROWS = (
         has("current_platform", "is_out_of_tree get_dispatch_key_name"),
     ),
     *module(
+        "sglang.srt.utils.common",
+        takes("get_free_cpu_memory", ""),
+    ),
+    *module(
         "sglang.srt.platforms.cpu",
         has("CpuDeviceMixin", "_enum device_name device_type cpu_arch"),
     ),

@@ -289,3 +289,12 @@ def test_a_client_that_leaves_closes_the_door():
         assert events == ["closed"]
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize("field", ["image_data", "video_data", "audio_data"])
+def test_a_text_model_refuses_what_is_no_text(field):
+    with pytest.raises(ValueError, match="takes text only: remove image_data"):
+        ask(**{field: "data:image/png;base64,AAAA"})
+    ask(**{field: []})
+    multimodal = SimpleNamespace(vocab_size=VOCABULARY, is_multimodal=True)
+    admit(SimpleNamespace(**vars(MANAGER) | {"model_config": multimodal}), GenerateReqInput(text="a", image_data="a"))

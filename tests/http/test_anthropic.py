@@ -219,3 +219,37 @@ def test_an_error_in_a_stream_is_an_event_and_blocks_are_closed(thinking):
     raised = events([ValueError("too long")], thinking=thinking)
     assert [e["type"] for e in raised] == ["message_start", "error", "message_stop"]
     assert raised[1]["error"] == {"type": "invalid_request_error", "message": "too long"}
+
+
+SOURCES = [
+    {"type": "base64", "media_type": "image/png", "data": "AAAA"},
+    {"type": "url", "url": "http://localhost/a.png"},
+    {"type": "file", "file_id": "file_1"},  # stock would leave it out and answer
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("in_result", [False, True])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source["type"])
+def test_an_image_is_refused(source, in_result, stream):
+    block = {"type": "image", "source": source}
+    if in_result:
+        block = {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "a"}, block]}
+    messages = [BODY["messages"][0], {"role": "assistant", "content": "Ja."}, {"role": "user", "content": [block]}]
+    response = ask(Chat(answer(content="a")), messages=messages, stream=stream)
+    assert response.status_code == 400
+    error = json.loads(response.body)
+    assert error["type"] == "error" and error["error"]["type"] == "invalid_request_error"
+    assert error["error"]["message"] == "messages.2: this model takes text only, remove the image"
+
+
+def test_the_tokens_of_an_image_are_not_counted():
+    message = {"role": "user", "content": [{"type": "image", "source": SOURCES[0]}]}
+    request = CountTokensRequest(model=MODEL, messages=[message])
+    response = asyncio.run(Step35AnthropicServing(Chat(None)).handle_count_tokens(request, SimpleNamespace()))
+    assert response.status_code == 400 and b"takes text only" in response.body
+
+
+def test_search_results_are_no_images():
+    block = {"type": "search_result", "title": "a", "content": [{"type": "image"}, {"type": "text", "text": "b"}]}
+    assert whole(answer(content="a"), messages=[{"role": "user", "content": [block]}]).content[0].text == "a"

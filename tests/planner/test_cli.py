@@ -156,10 +156,39 @@ def test_machines_of_llama_cpp(capsys):
     assert code == 0
     for line in ("GGUF Q4_K_S (given) 103.84", "KV cache of 262144 tokens 12.14", "usable as shipped 96.00"):
         assert line in [" ".join(printed.split()) for printed in out.splitlines()]
-    assert "FITS with the GPU limit raised" in out and "on the CPU it is too slow for 196B" in out
-    judged = run_json(capsys, "--hardware", "dgx-spark", "--quantization", "gguf", "--context", "32768")
+    assert "FITS with the GPU limit raised" in out and "untried on macOS" in out
+    judged = run_json(capsys, "--hardware", "mac-studio", "--context", "32768")
     assert (judged["engine"], judged["fits"], judged["command"]) == ("llama.cpp", True, None)
     assert judged["kv_bytes"] == 32_768 * 49_152 + 1024 * 147_456
+
+
+def test_a_machine_of_the_portable_platform(capsys):
+    code, out, _ = run(capsys, "--hardware", "ai-max-395", "--context", "131072", "--concurrency", "1")
+    assert code == 0
+    printed = [" ".join(line.split()) for line in out.splitlines()]
+    assert "AMD AI Max+ 395 128 GB, gguf, on the CPU" in printed
+    assert "the server's processes (estimate) 1.50" in printed and "CUDA" not in out and "graphs" not in out
+    assert "FITS: 1 request of 131072 tokens; at most 1 at once" in printed
+    line = printed[-1]
+    assert "--model-path /path/to/step-3.5-flash-Q4_K_S.gguf " in line and "--tp-size" not in line
+    assert "--device cpu --sleep-on-idle --tool-call-parser" in line
+    assert "--mem-fraction-static 0.969 --chunked-prefill-size 2048 --max-total-tokens 131372 --host" in line
+
+
+def test_a_cpu_by_its_memory(capsys):
+    plan = run_json(capsys, "--cpu-memory-gb", "125.5", "--quantization", "int4")
+    assert (plan["engine"], plan["quantization"], plan["machine"]) == ("portable", "int4", "a CPU with 125.5 GiB")
+    assert plan["fits"] is False and plan["longest_request"] > 200_000
+
+
+def test_the_weights_of_a_given_checkpoint_are_its_files(capsys):
+    plan = run_json(capsys, "--config", NANO, "--cpu-memory-gb", "16")
+    stored = sum(file.stat().st_size for file in assets.NANO.glob("*.safetensors"))
+    assert plan["checkpoint"]["path"] == NANO and plan["checkpoint"]["mtp"] == 3
+    assert plan["checkpoint"]["bytes"] == pytest.approx(stored, rel=0.02)
+    assert plan["weight_bytes"]["resident"] == pytest.approx(stored, rel=0.02)
+    _, out, _ = run(capsys, "--config", NANO, "--cpu-memory-gb", "16")
+    assert f"weights, MiB in {NANO}" in out
 
 
 def test_overview_has_a_line_for_every_machine(capsys):
@@ -177,6 +206,9 @@ def test_overview_has_a_line_for_every_machine(capsys):
         ("--hardware abacus", "--hardware abacus: unknown; expected one of 8xh100, "),
         ("--hardware 8xh100 --devices 2", "--hardware: names the devices already"),
         ("--devices 2", "--memory-gb: missing"),
+        ("--hardware 8xh100 --cpu-memory-gb 64", "--hardware: names the devices already"),
+        ("--devices 2 --cpu-memory-gb 64", "--cpu-memory-gb: is for machines without a GPU"),
+        (f"--config {NANO} --cpu-memory-gb 64 --quantization int4", "is bf16; leave the option out"),
         ("--memory-gb 80", "--devices: missing"),
         ("--quantization fp8", "--quantization: needs a machine"),
         (f"--config {NANO}", "--config: needs a machine"),
@@ -185,18 +217,26 @@ def test_overview_has_a_line_for_every_machine(capsys):
             "--config /nowhere/config.json --hardware 8xh100",
             "--config /nowhere/config.json: cannot read it: No such file",
         ),
-        (f"--config {__file__} --hardware 8xh100", "not JSON"),
+        (f"--config {__file__} --hardware 8xh100", "is no GGUF file"),
         ("--hardware 8xh100 --tp 3", "--tp 3: does not divide the 64 query heads"),
         ("--hardware 4xh200 --ep 1", "--ep 1: --tp 4 cuts experts of width 1280"),
         ("--hardware 8xh100 --context 262145", "--context 262145: the model takes 262144 tokens"),
-        ("--hardware 8xh100 --quantization gguf", "--quantization gguf: SGLang does not load"),
-        ("--hardware ai-max-395 --quantization int4", "--quantization int4: not on AMD AI Max+ 395 128 GB"),
+        ("--hardware 8xh100 --quantization gguf", "--quantization gguf: SGLang's GGUF kernels"),
+        ("--hardware mac-studio --quantization int4", "--quantization int4: not on Mac Studio"),
+        ("--cpu-memory-gb 64 --tp 2", "--tp 2: more than the 1 device"),
     ],
 )
 def test_errors_name_the_option(capsys, argv: str, message: str):
     code, out, err = run(capsys, *argv.split())
     assert (code, out) == (2, "")
     assert err.startswith("plan: error: ") and message in err
+
+
+def test_a_config_that_is_no_json(capsys, tmp_path):
+    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object, got list")):
+        (tmp_path / "config.json").write_text(text)
+        code, _, err = run(capsys, "--config", str(tmp_path), "--hardware", "8xh100")
+        assert code == 2 and message in err
 
 
 @pytest.mark.parametrize("argv", ["--concurrency 0", "--memory-gb x", "--mem-fraction-static 1.5", "--quantization q2"])

@@ -93,6 +93,13 @@ def test_quantised_experts():
     assert GGUF_Q4_K_S_BYTES == 111_500_000_000  # given, and close to it
 
 
+def test_q4_k_s_is_the_published_file():
+    """Without MTP layers, within the few matrices that llama.cpp gives Q5_K."""
+    held = device_weights(SPEC, "gguf", mtp=False)
+    assert held.shared_vocabulary == pytest.approx(GGUF_Q4_K_S_BYTES, rel=0.004)
+    assert held.routed == 190_253_629_440 * 144 // 256 and held.head == VOCABULARY * 210 // 256
+
+
 def test_kv_projections_are_copied_beyond_the_kv_heads():
     eight, sixteen = device_weights(SPEC, tp=8).attention, device_weights(SPEC, tp=16).attention
     kv = 45 * 2 * 4096 * 8 * 128 * 2  # bytes of all k and v projections
@@ -108,6 +115,7 @@ def test_without_mtp_only_the_backbone_is_held():
 def test_partial_scale_blocks_count_whole():
     assert weights._quantised_bytes(32, 160, "fp8") == 32 * 160 + 1 * 2 * 4
     assert weights._quantised_bytes(32, 160, "int4") == 32 * 160 // 2 + 32 * 2 * 2
+    assert weights._quantised_bytes(32, 160, "int8") == 32 * 160 + 32 * 2
 
 
 # --- KV layout and pools --------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 from sglang_step35.cli.plan import load
 from sglang_step35.planner import GIB, MIB, PlanError
 from sglang_step35.planner.elsewhere import judge
-from sglang_step35.planner.hardware import MACHINES, custom, machine
+from sglang_step35.planner.hardware import MACHINES, custom, host, machine
 from sglang_step35.planner.parallel import check_tp, choose_ep
 from sglang_step35.planner.plan import Wish, make_plan
 from sglang_step35.planner.reserve import fixed, prefill_graphs, sglang_default, tight
@@ -131,5 +131,47 @@ def test_machines_without_sglang():
     assert (judgement.usable, judgement.usable_as_shipped) == (120 * GIB, 96 * GIB)
     with pytest.raises(PlanError, match="llama.cpp only"):
         make_plan(SPEC, machine("mac-studio"), Wish())
-    with pytest.raises(PlanError, match="--quantization fp8: not on AMD"):
-        judge(SPEC, machine("ai-max-395"), "fp8", None)
+    with pytest.raises(PlanError, match="--quantization fp8: not on Mac"):
+        judge(SPEC, machine("mac-studio"), "fp8", None)
+
+
+# --- The portable platform ------------------------------------------------------------------------------------------
+
+
+def test_gguf_on_a_cpu_with_128_gb():
+    plan = make_plan(SPEC, machine("ai-max-395"), Wish())
+    assert plan.free == 128 * GIB - 8 * GIB - int(1.5 * GIB)
+    # Q4_K but for the head, norms and routers; three MTP layers in Q4_K.
+    assert plan.resident == pytest.approx((196_956_130_368 + 844_296_960) * 144 / 256, rel=0.004)
+    assert plan.best.reserve.tight and plan.best.running == 1 and not plan.fits
+    assert plan.best.budget == int(plan.free * 0.969) - plan.resident
+    assert 210_000 < plan.longest(1) < 220_000
+    assert make_plan(SPEC, machine("ai-max-395"), Wish(context=131_072)).fits
+    assert make_plan(SPEC, machine("x86-128gb"), Wish()).fits
+
+
+@pytest.mark.parametrize(
+    ("quantization", "memory", "longest"),
+    # 125 GiB: 115.4 of 119.5 GiB for weights and KV; 49152 bytes a token after 7,400 sliding slots of 147456.
+    [("gguf", 96, 0), ("gguf", 125, 235_000), ("int4", 125, 200_000), ("fp8", 125, 0), ("int8", 256, 262_144),
+     ("bf16", 256, 0), ("bf16", 512, 262_144)],
+)  # fmt: skip
+def test_what_fits_a_cpu(quantization, memory, longest):
+    plan = make_plan(SPEC, host(memory), Wish(quantization=quantization))
+    assert plan.longest(1) == pytest.approx(longest, rel=0.01)
+    assert (plan.machine.engine, plan.tp) == ("portable", 1)
+
+
+def test_unified_memory_serves_gguf_from_the_cpu():
+    plan = make_plan(SPEC, machine("dgx-spark"), Wish(quantization="gguf", context=65_536))
+    assert plan.machine.engine == "portable" and plan.machine.attention is None and plan.fits
+    with pytest.raises(PlanError, match="--quantization gguf: .*have not been tried on CUDA"):
+        make_plan(SPEC, machine("8xh100"), Wish(quantization="gguf"))
+
+
+def test_a_cpu_keeps_what_no_request_can_use():
+    """Four contexts of 1000 tokens on a machine that could hold thousands."""
+    plan = make_plan(SPEC, host(512), Wish(quantization="gguf", context=1000, concurrency=4))
+    assert plan.fits and plan.best.pools.total_bytes <= plan.best.budget
+    # Four requests, two chunks in flight and four cached windows for each.
+    assert plan.best.budget < 4040 * 49_152 + (4040 + 4097 + 16 * 515) * 147_456

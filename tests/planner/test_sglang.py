@@ -14,10 +14,12 @@ from sglang_step35.cli.plan import load
 from sglang_step35.planner import GIB, PlanError
 from sglang_step35.planner.capacity import Slots
 from sglang_step35.planner.command import serve_arguments
-from sglang_step35.planner.hardware import LLAMA_CPP, MACHINES
+from sglang_step35.planner.hardware import LLAMA_CPP, MACHINES, SGLANG, host
 from sglang_step35.planner.kv import kv_layout, pool_sizes, sized
 from sglang_step35.planner.plan import Wish, make_plan
 from sglang_step35.planner.reserve import sglang_default
+from sglang_step35.planner.stored import read
+from tests.support.gguf_files import write_gguf
 
 SPEC, _ = load(None)
 TINY, _ = load(str(NANO))
@@ -133,6 +135,7 @@ def test_commands_parse_with_sglangs_own_parser():
         plan = make_plan(SPEC, machine, Wish(page_size=16))
         args = parser.parse_args(serve_arguments(plan)[1:])
         assert (args.tp_size, args.ep_size, args.page_size) == (plan.tp, plan.ep, 16)
+        assert args.device == (None if machine.engine == SGLANG else "cpu")
         assert args.swa_full_tokens_ratio == plan.best.swa_ratio
         assert args.speculative_num_draft_tokens == 4 and args.enable_multi_layer_eagle
         if plan.best.reserve.tight:
@@ -158,3 +161,19 @@ def test_pools_of_a_running_nano_server(serve):
         # All of them come out of one budget.
         shared = pool_sizes(TINY, int((usage["kvcache"] + float(mtp)) * GIB), page_size=info["page_size"])
         assert shared.full_tokens == pytest.approx(usage["token_capacity"], rel=0.01)
+
+
+@pytest.mark.server
+def test_a_gguf_server_takes_what_the_plan_says(serve, tmp_path_factory):
+    """Nano in Q8_0, started with the plan's own command: two contexts of 2000 tokens and no more."""
+    file = tmp_path_factory.mktemp("planned") / "nano-Q8_0.gguf"
+    write_gguf(NANO, file)
+    spec, stored = read(str(file))
+    plan = make_plan(spec, host(16), Wish(context=2000, concurrency=2), stored)
+    flags = serve_arguments(plan, str(file))
+    server = serve(*flags[1 : flags.index("--host")])
+    state = requests.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
+    usage, pools = state["memory_usage"], plan.best.pools
+    assert usage["token_capacity"] == pools.full_tokens and usage["token_capacity_swa"] == pools.sliding_tokens
+    assert usage["kvcache"] == pytest.approx((pools.full_bytes + pools.sliding_bytes) / GIB, rel=0.02, abs=0.0005)
+    assert server.generate("def add(", max_new_tokens=8)["meta_info"]["completion_tokens"] == 8

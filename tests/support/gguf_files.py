@@ -216,7 +216,7 @@ def write_file(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tu
     writer = GGUFWriter(file, architecture, **options)
     for key, value in metadata.items():
         if key != "general.architecture":
-            _add(writer, key, value)
+            add_value(writer, key, value)
     for name, (array, kind) in tensors.items():
         writer.add_tensor(name, array, raw_dtype=None if kind is F32 else kind)
     writer.write_header_to_file()
@@ -225,7 +225,7 @@ def write_file(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tu
     writer.close()
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):

@@ -30,6 +30,8 @@ MACHINES = {
     "fp8-4xh200": (HOPPER, 143_771),
     "int4-dgx-spark": (GB10, 122_070),
     "nano-cpu": (None, 0),
+    "gguf-cpu": (None, 0),
+    "int4-cpu": (None, 0),
 }
 FIELDS = (
     "attention_backend", "prefill_attention_backend", "decode_attention_backend", "speculative_num_steps",
