@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from scripts.benchmarks.check_mtp import STEPS, Comparison, compare, mixed_prompts
-from scripts.gpu_check.echo import Echo, make_echo
+from scripts.gpu_check.echo import Echo
 from scripts.gpu_check.options import Refused, Setting
 from scripts.gpu_check.servers import served, served_kind
-from sglang_step35.assets import NANO
+from scripts.gpu_check.truncated import echo_of
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
 from tests.support.nano_model import generate_all, histogram
 
@@ -63,7 +63,7 @@ def compare_echo(echo: Echo, prompts: list[list[int]], answers: list[dict]) -> E
 
 
 def on_truncated(setting: Setting) -> EchoComparison:
-    echo = make_echo(setting.need("checkpoint")["config"]["vocab_size"], NANO / "tokenizer.json")
+    echo = echo_of(setting)
     lengths = (1, 7, 40, 200) if setting.tiny else (1, 40, 600, 3000)
     prompts = echo_prompts(echo, 8 if setting.tiny else 48, lengths)
     with served_kind(setting, "mtp") as server:

@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from scripts.gpu_check.accept import echo_prompts
-from scripts.gpu_check.echo import make_echo
 from scripts.gpu_check.options import Refused, Setting
 from scripts.gpu_check.servers import served_kind
 from scripts.gpu_check.trace import NoRounds, breakdown, read
-from sglang_step35.assets import NANO
+from scripts.gpu_check.truncated import echo_of
 from tests.support.nano_model import generate_all
 
 SECONDS_BEFORE = 1.0  # for the prompts to be read: the trace starts in the rounds
@@ -20,8 +19,7 @@ KEPT_BYTES = 64 << 20  # larger traces are named, not kept
 
 def traced(server, setting: Setting, concurrency: int, folder: Path) -> Path:
     """The trace of the scheduler while `concurrency` requests decode."""
-    echo = make_echo(setting.need("checkpoint")["config"]["vocab_size"], NANO / "tokenizer.json")
-    prompts = echo_prompts(echo, concurrency, (64,), seed=concurrency)
+    prompts = echo_prompts(echo_of(setting), concurrency, (64,), seed=concurrency)
     generate_all(server, prompts, 16, at_once=concurrency)  # kernels are chosen and compiled here
     tokens = 800 if setting.tiny else 8000  # enough for the seconds below
     load = threading.Thread(target=generate_all, args=(server, prompts, tokens, concurrency))

@@ -33,7 +33,8 @@ def text(results: Results) -> str:
     lines += [f"round, {line(row)}" for row in results.get("profile", {}).get("rounds", ())]
     for figure in results.get("memory", {}).get("figures", ()):
         planned = "" if figure["planned"] is None else f", planned {figure['planned']:.2f}"
-        lines.append(f"memory, {figure['name']}: {figure['taken']:.2f} {figure['unit']}{planned}")
+        taken = "-" if figure["taken"] is None else f"{figure['taken']:.2f}"
+        lines.append(f"memory, {figure['name']}: {taken} {figure['unit']}{planned}")
     if absent := [name for name in STEPS if name not in results]:
         lines += ["", f"not run: {', '.join(absent)}"]
     return "\n".join(line for line in lines if line is not None)

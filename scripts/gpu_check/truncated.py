@@ -4,7 +4,7 @@ import shutil
 import time
 
 from scripts.gpu_check.checkpoint import write
-from scripts.gpu_check.echo import make_echo
+from scripts.gpu_check.echo import Echo, make_echo
 from scripts.gpu_check.layers import file_bytes, fitting, truncated
 from scripts.gpu_check.options import Refused, Setting
 from sglang_step35.assets import NANO
@@ -12,6 +12,11 @@ from sglang_step35.config import parse_config
 from sglang_step35.planner import PlanError
 
 SPARE_DISK = 4 << 30  # bytes that stay free
+
+
+def echo_of(setting: Setting) -> Echo:
+    """What the checkpoint of the step before says."""
+    return make_echo(setting.need("checkpoint")["config"]["vocab_size"], NANO / "tokenizer.json")
 
 
 def layers(setting: Setting) -> int:
