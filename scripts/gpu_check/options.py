@@ -57,7 +57,8 @@ class Setting:
     def need(self, step: str) -> dict[str, Any]:
         found = self.load(step)
         if found is None:
-            raise Refused(f"{self.out / step}.json is missing: run the step {step} first")
+            made_by = "setup" if step == "machine" else step
+            raise Refused(f"{self.out / step}.json is missing: run the step {made_by} first")
         return found
 
 

@@ -34,6 +34,7 @@ def plan_for(setting: Setting, kind: str) -> Plan:
 
 def arguments(setting: Setting, kind: str) -> tuple[str, ...]:
     """Arguments of `sglang serve`, host and port aside."""
+    setting.need("checkpoint")
     path = str(setting.checkpoint)
     if setting.device == "cpu":
         base = (*NANO_ARGS, "--model-path", path, "--served-model-name", MODEL)
