@@ -19,12 +19,12 @@ FLOAT32 = ("moe.router_bias",)  # whatever the dtype of the rest
 # Widths that a CPU serves at once; the layers' pattern stays.
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "vocab_size": 2304, "num_attention_heads": 4,
-    "num_attention_groups": 2, "head_dim": 16, "moe_num_experts": 8, "moe_top_k": 3, "moe_intermediate_size": 32,
+    "num_attention_groups": 2, "head_dim": 64, "moe_num_experts": 8, "moe_top_k": 3, "moe_intermediate_size": 32,
     "share_expert_dim": 32, "sliding_window": 64, "max_seq_len": 4096, "max_position_embeddings": 4096,
     "eos_token_id": [1, 2],
     "attention_other_setting": {
-        "attention_type": "sliding_attention", "num_attention_heads": 6, "num_attention_groups": 2, "head_dim": 16,
-        "true_head_dim": 16,
+        "attention_type": "sliding_attention", "num_attention_heads": 6, "num_attention_groups": 2, "head_dim": 64,
+        "true_head_dim": 64,
     },
 }  # fmt: skip
 
@@ -98,5 +98,5 @@ def fitting(memory_gib: float, disk_bytes: int, context: int, requests: int) -> 
             return count
     raise PlanError(
         f"not even {CLAMPED} layers of experts fit {memory_gib:.0f} GiB of GPU memory and {disk_bytes >> 30} GiB of "
-        f"disk with {requests} requests of {context} tokens: give --out on a larger disk, or use a larger GPU"
+        f"disk with {requests} requests of {context} tokens: --out on a larger disk, a larger GPU, or --tiny"
     )
