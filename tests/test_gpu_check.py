@@ -102,7 +102,7 @@ def test_servers_are_started_by_the_planner_s_line(setting):
     assert servers.plan_for(setting, "mtp").best.concurrency(setting.context) >= 32
     setting.save("checkpoint", {"config": truncated.truncated(2, tiny=True)})
     tiny = servers.arguments(replace(setting, tiny=True), "mtp")  # a GPU too small for the published widths
-    assert tiny[tiny.index("--context-length") + 1] == "340" and "--device" not in tiny
+    assert tiny[tiny.index("--context-length") + 1] == "1296" and "--device" not in tiny
     cpu = servers.arguments(replace(setting, device="cpu", tiny=True), "off")
     assert cpu[cpu.index("--device") + 1] == "cpu" and "--speculative-algorithm" not in cpu
 

@@ -56,8 +56,9 @@ def test_bytes_are_those_of_the_published_files():
 
 def test_as_many_layers_as_gpu_and_disk_hold():
     large = fitting(79.6, 1 << 40, 20480, 32)
-    assert plan_of(truncated(large), 79.6, 20480, 32).fits
-    assert not plan_of(truncated(large + 1), 79.6, 20480, 32).fits
+    plan, larger = (plan_of(truncated(count), 79.6, 20480, 32) for count in (large, large + 1))
+    assert plan.fits and not plan.best.reserve.tight
+    assert not larger.fits or larger.best.reserve.tight
     small = fitting(79.6, 40 << 30, 20480, 32)
     assert file_bytes(parse_config(truncated(small))) <= 40 << 30 < file_bytes(parse_config(truncated(small + 1)))
     with pytest.raises(PlanError, match=r"24 GiB of GPU memory.*larger GPU, or --tiny"):

@@ -88,13 +88,15 @@ def plan_of(fields: dict[str, Any], memory_gib: float, context: int, requests: i
 def fitting(memory_gib: float, disk_bytes: int, context: int, requests: int) -> int:
     """The most layers of experts with which the GPU serves `requests` requests and the disk holds the file.
 
+    SGLang keeps its own reserve: a tight one would measure smaller prefill chunks than it takes for itself.
     Raises PlanError where not even two do.
     """
     for count in range(42, CLAMPED - 1, -1):
         fields = truncated(count)
         if file_bytes(parse_config(fields)) > disk_bytes:
             continue
-        if plan_of(fields, memory_gib, context, requests).fits:
+        plan = plan_of(fields, memory_gib, context, requests)
+        if plan.fits and plan.best is not None and not plan.best.reserve.tight:
             return count
     raise PlanError(
         f"not even {CLAMPED} layers of experts fit {memory_gib:.0f} GiB of GPU memory and {disk_bytes >> 30} GiB of "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SPARE_TOKENS = 1024
 DEFAULT_OUT = Path("build/gpu_check")
 
 
@@ -42,8 +43,8 @@ class Setting:
 
     @property
     def context(self) -> int:
-        """Tokens a request takes at most: the longest prompt, its template and answer, a quarter to spare."""
-        return (max(self.prompts.values()) + self.tokens) * 5 // 4
+        """Tokens a request takes at most: the longest prompt and its answer, and some to spare for the other steps."""
+        return max(self.prompts.values()) + self.tokens + SPARE_TOKENS
 
     def save(self, step: str, result: dict[str, Any]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
