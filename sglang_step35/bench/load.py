@@ -106,7 +106,7 @@ async def send(client: aiohttp.ClientSession, endpoint: Endpoint, path: str, bod
 
 async def converse(client, endpoint: Endpoint, session: Session, tokens: int, finished) -> list[Result]:
     """All requests of a session in order. A failed turn ends it: the next one would not be the same request."""
-    messages = [{"role": "system", "content": session.system}] if session.system else []
+    messages: list[dict] = [{"role": "system", "content": session.system}] if session.system else []
     turns = session.turns if session.prompt is None else (session.prompt,)
     results = []
     for turn in turns:

@@ -21,11 +21,11 @@ LEVELS, LEVEL_STRIDE = 100, 10_037  # more levels and sessions than a sweep has;
 class Session:
     """Requests of one client, each sent when the one before is answered.
 
-    `prompt` asks for a plain completion; otherwise `turns` are user messages of one conversation.
+    `prompt` (text or token ids) asks for a plain completion; otherwise `turns` are user messages of one conversation.
     """
 
     turns: tuple[str, ...] = ()
-    prompt: str | None = None
+    prompt: str | tuple[int, ...] | None = None
     system: str | None = None
     tools: tuple[dict, ...] = field(default=(), repr=False)
     temperature: float = 0.0

@@ -31,6 +31,7 @@ from sglang_step35.speculative.device import (
     plan_draft_attention,
 )
 from sglang_step35.speculative.pass_input import MTPPassInput
+from sglang_step35.speculative.spans import MTP, spanned
 
 
 class EagerPass:
@@ -105,6 +106,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
     def draft_extend(self) -> None:
         """Unused, see `run`."""
 
+    @spanned(MTP)
     @torch.inference_mode()
     def run(self, batch, rows: MTPPassInput, hidden: Tensor, depth: int, sampler) -> int:
         """Run the first `depth` MTP layers over `rows`: write their KV and choose their drafts.

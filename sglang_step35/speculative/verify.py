@@ -19,6 +19,7 @@ from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.penalties import PenaltyRule, penalise
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
+from sglang_step35.speculative.spans import VERIFY, spanned
 from sglang_step35.speculative.state import OutputCounts
 
 # Separate random streams, so that no draw of a seeded request is used twice.
@@ -47,6 +48,7 @@ class TargetVerifier:
         self.counts = counts
         self.ranks = ranks
 
+    @spanned(VERIFY)
     def run(self, batch, chain: Tensor, proposal: Tensor | None, grammar_barrier=None) -> VerifyOutcome:
         """Verify `chain` [B, N] int64 (column 0 the bonus token, -1 where nothing was drafted).
 

@@ -25,6 +25,7 @@ from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
+from sglang_step35.speculative.spans import PREFILL, ROUND, spanned
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
 
@@ -96,6 +97,7 @@ class Step35SpecWorker(BaseSpecWorker):
             return self._prefill(batch, on_publish, pp_proxy_tensors)
         return self._round(batch, on_publish, grammar_barrier)
 
+    @spanned(PREFILL)
     def _prefill(self, batch, on_publish, pp_proxy_tensors):
         result = self._target_worker.forward_batch_generation(
             batch, pp_proxy_tensors=pp_proxy_tensors, capture_hidden_mode=CaptureHiddenMode.FULL
@@ -115,6 +117,7 @@ class Step35SpecWorker(BaseSpecWorker):
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 
+    @spanned(ROUND)
     def _round(self, batch, on_publish, grammar_barrier):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]

@@ -1,0 +1,94 @@
+"""The breakdown of a round against traces made by hand, and the worker's spans in a real one."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from scripts.gpu_check.trace import Breakdown, NoRounds, breakdown, read
+from sglang_step35.speculative.spans import MTP, PREFILL, ROUND, VERIFY, spanned
+
+
+def span(name: str, start: float, length: float) -> dict:
+    return {"ph": "X", "cat": "user_annotation", "name": name, "ts": start, "dur": length}
+
+
+def kernel(number: int, launch: float, start: float, length: float, how: str = "cudaLaunchKernel") -> list[dict]:
+    args = {"correlation": number}
+    return [
+        {"ph": "X", "cat": "cuda_runtime", "name": how, "ts": launch, "dur": 1, "args": args},
+        {"ph": "X", "cat": "kernel", "name": f"k{number}", "ts": start, "dur": length, "args": args},
+    ]
+
+
+def host_round(start: float) -> list[dict]:
+    """100 us in the worker: verify 10 to 40, MTP 50 to 90."""
+    return [span(ROUND, start, 100), span(VERIFY, start + 10, 30), span(MTP, start + 50, 40)]
+
+
+def test_on_a_cpu_the_spans_are_the_times():
+    events = [event for start in (0, 150, 300) for event in host_round(start)]
+    assert breakdown(events) == Breakdown("cpu", 2, round=0.15, verify=0.03, mtp=0.04, other=0.03, gap=0.05, host=0.1)
+
+
+def test_a_prefill_between_rounds_is_no_gap():
+    events = [*host_round(0), *host_round(150), span(PREFILL, 260, 500), *host_round(800), *host_round(950)]
+    assert breakdown(events).round == 0.15
+    assert breakdown(events).rounds == 2
+
+
+def gpu_round(number: int, start: float, late: float) -> list[dict]:
+    """Kernels run `late` after their launch: a verify graph of two kernels, an eager one, an MTP graph."""
+    graph = {"how": "cudaGraphLaunch"}
+    return [
+        *host_round(start),
+        *kernel(number, start + 12, start + late, 200, **graph),
+        kernel(number, start + 12, start + late + 150, 100, **graph)[1],  # beside the first: 50 us overlap
+        *kernel(number + 1, start + 45, start + late + 260, 20),
+        *kernel(number + 2, start + 60, start + late + 300, 150, **graph),
+    ]
+
+
+def test_on_a_gpu_kernels_count_for_the_span_of_their_launch():
+    """Verify 250 us in all, 20 between, MTP 150; the next round's first kernel 500 us behind this one's."""
+    events = gpu_round(10, 0, 1000) + gpu_round(20, 500, 1000)
+    # On its own stream, launched by nobody in a round: busy, but of no part.
+    events += kernel(99, 460, 1470, 10)
+    found = breakdown(events)
+    assert found == Breakdown("gpu", 1, round=0.5, verify=0.25, mtp=0.15, other=0.03, gap=0.07, host=0.1)
+
+
+def test_spans_repeated_on_the_gpu_are_not_counted():
+    events = [event for start in (0, 150) for event in host_round(start)]
+    events += [{**event, "cat": "gpu_user_annotation", "dur": 9999} for event in events]
+    assert breakdown(events).verify == 0.03
+
+
+def test_a_trace_without_rounds_says_so():
+    with pytest.raises(NoRounds, match="1 rounds in the trace"):
+        breakdown(host_round(0))
+    lost = [event for start in (0, 150) for event in host_round(start)] + [kernel(1, 12, 20, 5)[1]]
+    with pytest.raises(NoRounds, match="no launches"):
+        breakdown(lost)
+
+
+def test_spans_of_a_real_profiler(tmp_path):
+    @spanned(VERIFY)
+    def work():
+        return torch.ones(64, 64) @ torch.ones(64, 64)
+
+    @spanned(ROUND)
+    def one_round():
+        return work()
+
+    one_round()  # no profiler: no span
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert [one_round().sum().item() for _ in range(3)] == [64**3] * 3
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    (tmp_path / "trace.json.gz").write_bytes(gzip.compress((tmp_path / "trace.json").read_bytes()))
+    found = breakdown(read(tmp_path / "trace.json.gz"))
+    assert found == breakdown(read(tmp_path / "trace.json"))
+    assert (found.source, found.rounds) == ("cpu", 2)
+    assert 0 < found.verify < found.round and found.mtp == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
