@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_step35"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Imported under another name than the distribution's.
-DISTRIBUTIONS = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "flashinfer": "flashinfer-python",
+    "huggingface_hub": "huggingface-hub",
+    "prometheus_client": "prometheus-client",
+    "yaml": "pyyaml",
+}
 
 
 def module_name(file: Path) -> str:

@@ -21,7 +21,7 @@ ROWS = (
         "sglang.srt.sampling.sampling_batch_info",
         has(
             "SamplingBatchInfo",
-            "device has_custom_logit_processor is_all_greedy logit_bias min_ps need_min_p_sampling "
+            "device has_custom_logit_processor is_all_greedy is_any_greedy logit_bias min_ps need_min_p_sampling "
             "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps",
         ),
     ),
@@ -35,7 +35,7 @@ ROWS = (
             "ModelRunner",
             "attn_backend decode_attention_backend_str device dtype init_new_workspace "
             "is_draft_worker kv_index_translator model model_config prefill_attention_backend_str "
-            "req_to_token_pool sliding_window_size spec_algorithm token_to_kv_pool",
+            "req_to_token_pool shared_read_done_event sliding_window_size spec_algorithm token_to_kv_pool",
         ),
     ),
     *module(

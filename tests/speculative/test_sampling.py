@@ -2,6 +2,7 @@
 
 import torch
 
+from sglang_step35.speculative.filters import Filters
 from sglang_step35.speculative.sampling import SamplingRule, hashed_uniform
 
 
@@ -26,9 +27,7 @@ def test_filters_equal_the_plain_rule():
     rule = SamplingRule(
         temperatures=temperature[:, None],
         greedy=torch.zeros(4, dtype=torch.bool),
-        top_ks=top_k,
-        top_ps=top_p,
-        min_ps=min_p,
+        filters=Filters(top_k, top_p, min_p),
     )
     logits = torch.randn(4, 2, 50) * 2
     found = rule.distribution(logits)

@@ -55,7 +55,8 @@ def drafts_and_outputs(ranks: Ranks, rank: int) -> tuple:
     """Drafts, their confidences, and what a sampled round accepts."""
     logits = torch.randn(REQUESTS, VOCAB, generator=torch.Generator().manual_seed(7)) + rank * 1e-3
     info = SimpleNamespace(
-        is_all_greedy=False, temperatures=torch.ones(REQUESTS, 1), top_ks=torch.full((REQUESTS,), VOCAB),
+        is_all_greedy=False, is_any_greedy=False,
+        temperatures=torch.ones(REQUESTS, 1), top_ks=torch.full((REQUESTS,), VOCAB),
         need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False, sampling_seed=None,
         has_custom_logit_processor=False, logit_bias=None,
     )  # fmt: skip

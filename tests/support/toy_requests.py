@@ -128,6 +128,7 @@ def sampling_info(requests, **changes) -> SimpleNamespace:
     temperatures = torch.tensor([[r.temperature or 1.0] for r in requests])
     fields = dict(
         is_all_greedy=not any(r.temperature for r in requests),
+        is_any_greedy=not all(r.temperature for r in requests),
         temperatures=temperatures.view(-1, 1),
         top_ks=torch.tensor([1 << 30 if r.temperature else 1 for r in requests], dtype=torch.int32),
         top_ps=torch.ones(len(requests)),
