@@ -22,8 +22,16 @@ def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
     Computed in float32, returned in x's dtype. The parts of a fused layer may have different types.
     """
     wide = x.float()
-    out = [F.linear(wide, block.dequantize()) for part in parts for block in _row_blocks(part)]
-    return torch.cat(out, dim=-1).to(x.dtype)
+    # One buffer from the start: small results kept between the large temporaries would leave gigabytes of heap in
+    # pieces too small for the next block.
+    out = wide.new_empty(len(wide), sum(part.shape[0] for part in parts))
+    start = 0
+    for part in parts:
+        for block in _row_blocks(part):
+            end = start + block.shape[0]
+            out[:, start:end] = F.linear(wide, block.dequantize())
+            start = end
+    return out.to(x.dtype)
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:

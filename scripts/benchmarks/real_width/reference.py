@@ -90,6 +90,7 @@ def int4_reader(folder: Path) -> Read:
             module = module.replace(".moe.", f".moe.experts.{expert}.")
         leaves = ("weight_packed", "weight_scale", "weight_shape")
         packed = {leaf: where[f"{module}.{leaf}"].get_tensor(f"{module}.{leaf}") for leaf in leaves}
+        packed["weight_scale"] = packed["weight_scale"].float()  # the library multiplies in the scale's dtype
         return PackedQuantizationCompressor.decompress(packed, scheme)["weight"].float()
 
     return read
