@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from sglang_step35.bench.servers import Server, ServerPool
+from tests.support import warm
 
 _pool = pytest.StashKey[ServerPool]()
 
@@ -12,7 +13,7 @@ _pool = pytest.StashKey[ServerPool]()
 @pytest.fixture(scope="session")
 def serve(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """`serve(*arguments)`: a healthy server with these `sglang serve` arguments, shared between tests."""
-    pool = request.config.stash[_pool] = ServerPool(tmp_path_factory.mktemp("servers"))
+    pool = request.config.stash[_pool] = ServerPool(tmp_path_factory.mktemp("servers"), start=warm.start_server)
     yield pool.get
     pool.stop_all()
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import requests
 import torch
@@ -38,8 +40,26 @@ MTP_ARGS = (
 )  # fmt: skip
 
 
+Start = Callable[[list[str], dict[str, str], Path], "Process"]  # command, environment, log
+
+
 class ServerFailed(RuntimeError):
     pass
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen; the leader of a process group of its own."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
 
 
 @dataclass
@@ -47,7 +67,7 @@ class Server:
     args: tuple[str, ...]
     url: str
     log: Path
-    process: subprocess.Popen
+    process: Process
 
     def post(self, path: str, body: dict, **options) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=options.pop("timeout", 120), **options)
@@ -74,7 +94,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(args: tuple[str, ...], log: Path, extra_env: dict[str, str]) -> Server:
+def start(command: list[str], env: dict[str, str], log: Path) -> Process:
+    """Run the command; its output goes to the log."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def launch(args: tuple[str, ...], log: Path, extra_env: dict[str, str], start: Start = start) -> Server:
     port = free_port()
     sglang = Path(sys.executable).with_name("sglang")
     command = [str(sglang), "serve", *args, "--host", "127.0.0.1", "--port", str(port)]
@@ -82,11 +110,7 @@ def launch(args: tuple[str, ...], log: Path, extra_env: dict[str, str]) -> Serve
     device = dict(itertools.pairwise(args)).get("--device")  # given twice, the last one counts
     if device == "cpu" and torch.accelerator.is_available():
         env["SGLANG_PLATFORM"] = "step35"  # elsewhere the CPU platform activates by itself
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    return Server(args, f"http://127.0.0.1:{port}", log, process)
+    return Server(args, f"http://127.0.0.1:{port}", log, start(command, env, log))
 
 
 def wait_until_healthy(server: Server) -> None:
@@ -119,9 +143,10 @@ def stop(server: Server) -> None:
 class ServerPool:
     """Servers keyed by their arguments. A set of arguments that failed once fails at once afterwards."""
 
-    def __init__(self, folder: Path, alive: int = ALIVE):
+    def __init__(self, folder: Path, alive: int = ALIVE, start: Start = start):
         self.folder = folder
         self.alive = alive
+        self.start = start
         self.running: OrderedDict[tuple[str, ...], Server] = OrderedDict()
         self.failed: dict[tuple[str, ...], str] = {}
         self.started = 0
@@ -144,7 +169,7 @@ class ServerPool:
         while len(self.running) >= self.alive:
             stop(self.running.popitem(last=False)[1])
         self.started += 1
-        server = launch(args, self.folder / f"server-{self.started}.log", env)
+        server = launch(args, self.folder / f"server-{self.started}.log", env, self.start)
         try:
             wait_until_healthy(server)
         except BaseException as error:

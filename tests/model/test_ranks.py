@@ -4,11 +4,11 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.model_ranks import rank_main
 from tests.support.reference import load_reference
+from tests.support.warm import run_ranks
 
 TOLERANCE = 2e-4
 PROMPTS = [list(range(20, 60)), list(range(100, 125))]
@@ -23,10 +23,9 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("mode", ["tp", "whole_shared_expert", "ep", "dp", "pp"])
-def test_two_ranks(mode, tmp_path, monkeypatch):
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # two ranks on one NUMA node
+def test_two_ranks(mode, tmp_path):
     directory = make_checkpoint(tmp_path / "checkpoint", CheckpointShape(embedding_copies=True))
-    multiprocessing.spawn(rank_main, args=(directory, tmp_path, free_port(), PROMPTS, mode), nprocs=2)
+    run_ranks(rank_main, directory, tmp_path, free_port(), PROMPTS, mode)
     reference = load_reference(directory)
     ranks = {"dp": (0, 1), "pp": (1,)}.get(mode, (0,))
     for rank in ranks:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -21,6 +20,7 @@ from sglang_step35.model.widths import check_ranks
 from tests.support import model_host
 from tests.support.checkpoints import NANO_DIR, CheckpointShape, config_fields, make_checkpoint
 from tests.support.reference import load_reference
+from tests.support.warm import run_ranks
 
 TOLERANCE = 1e-4
 RANKS_TOLERANCE = 2e-4
@@ -37,8 +37,7 @@ def served(directory: Path, draft: bool = False) -> torch.nn.Module:
 
 
 def rank_main(rank: int, directory: Path, output: Path, port: int) -> None:
-    """One of two ranks, spawned."""
-    torch.set_num_threads(1)
+    """One of two ranks, a process of its own."""
     model_host.start_runtime(directory, port, dict(tp_rank=rank, pp_rank=0), tp_size=2)
     backbone, mtp = served(directory), served(directory, draft=True)
     mtp.share_with(backbone)
@@ -71,13 +70,12 @@ def test_odd_widths_on_one_rank(odd):
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", ["odd", "nano"])
-def test_two_ranks(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # two ranks on one NUMA node
+def test_two_ranks(name, tmp_path):
     directory = NANO_DIR if name == "nano" else make_checkpoint(tmp_path / "checkpoint", ODD)
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_main, args=(directory, tmp_path / "out", port), nprocs=2)
+    run_ranks(rank_main, directory, tmp_path / "out", port)
     logits, states, drafts = torch.load(tmp_path / "out")
     reference = load_reference(directory)
     assert (logits[0] - reference.logits(PROMPT)[-1]).abs().max() < RANKS_TOLERANCE

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from tests.support.sampling_ranks import rank_main
+from tests.support.warm import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What either rank decided, by itself and together."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(rank_main, args=(folder, str(folder / "store")), nprocs=2)
+    run_ranks(rank_main, folder, str(folder / "store"))
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 

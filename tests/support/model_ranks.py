@@ -1,6 +1,6 @@
 """One rank of a small cluster on the CPU: runs the model on given prompts and saves what it computed.
 
-Spawned by tests/model/test_ranks.py, one process for each rank.
+Run by tests/model/test_ranks.py, one process for each rank.
 """
 
 from pathlib import Path
@@ -17,7 +17,6 @@ from tests.support import model_host
 
 def rank_main(rank: int, directory: Path, output: Path, port: int, prompts: list[list[int]], mode: str) -> None:
     """Run one of the modes below; rank r of data-parallel attention takes prompts[r], others prompts[0]."""
-    torch.set_num_threads(1)
     settings = {
         "tp": dict(tp_size=2),
         "whole_shared_expert": dict(tp_size=2),

@@ -1,6 +1,6 @@
 """One of two ranks that decide what to draft and accept, with a clock, a random state and roundings of its own.
 
-Spawned by tests/speculative/test_ranks.py; the ranks' group is torch's gloo, as SGLang's coordinator would use it.
+Run by tests/speculative/test_ranks.py; the ranks' group is torch's gloo, as SGLang's coordinator would use it.
 """
 
 from pathlib import Path
@@ -20,7 +20,6 @@ SECONDS = ([0.010, 0.0115, 0.013, 0.0145], [0.010, 0.030, 0.050, 0.070])  # a ro
 
 
 def rank_main(rank: int, output: Path, store: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(rank)
     with torch.inference_mode():  # as the scheduler runs its rounds

@@ -1,0 +1,93 @@
+"""Ranks and servers forked from one process that has imported SGLang: each import takes longer than most tests.
+
+multiprocessing's fork server is a new process of one thread, so nothing of the test process gets into its children.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+
+from sglang_step35.bench import servers
+
+IMPORTED = (
+    "sglang.cli.serve", "sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+)  # fmt: skip
+_fork_server = multiprocessing.get_context("forkserver")
+_fork_server.set_forkserver_preload(list(IMPORTED))
+
+
+def run_ranks(main: Callable, *args) -> None:
+    """`main(rank, *args)` in two processes of one thread each; raises what one of them raises."""
+    torch.multiprocessing.start_processes(_rank, (main, args), nprocs=2, start_method="forkserver")
+
+
+def _rank(rank: int, main: Callable, args: tuple) -> None:
+    _require_imports()
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"  # else SGLang binds one rank to each NUMA node
+    torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # else SGLang's embedding compiles three lines, for 10 to 25 s
+    main(rank, *args)
+
+
+def start_server(command: list[str], env: dict[str, str], log: Path) -> servers.Process:
+    """`servers.start`, forked where nothing forbids it: a GPU's context does, and what SGLang reads when imported."""
+    own = {name for name, value in env.items() if os.environ.get(name) != value} - {"OMP_NUM_THREADS"}
+    if own or torch.accelerator.is_available():
+        return servers.start(command, env, log)
+    return ForkedServer(command, env, log)
+
+
+class ForkedServer:
+    """A command `sglang serve ...` in a forked process, with what `Server` needs of subprocess.Popen."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path):
+        self._process = _fork_server.Process(target=_serve, args=(command, env, log))
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("sglang serve", timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _serve(command: list[str], env: dict[str, str], log: Path) -> None:
+    """What the script `sglang` does, in a session of its own."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, sys.stdout.fileno())
+    os.dup2(output, sys.stderr.fileno())
+    _require_imports()
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP read the fork server's environment
+    sys.argv = command
+    from sglang.cli.main import main
+
+    sys.exit(main())
+
+
+def _require_imports() -> None:
+    """The fork server passes over what it cannot import."""
+    missing = set(IMPORTED) - set(sys.modules)
+    if missing:
+        raise ImportError(f"the fork server did not import {', '.join(sorted(missing))}")
