@@ -13,6 +13,7 @@ MODEL_PACKAGE = f"{PACKAGE}.model"
 PLATFORM = "step35"  # value of SGLANG_PLATFORM
 PLATFORM_CLASS = f"{PACKAGE}.platform.portable.PortablePlatform"
 ATTENTION_BACKEND = "step35_portable"  # value of --attention-backend
+PACKED_METHOD = "packed"  # what our quantisation calls itself
 TREE_CORE = "step35_lookahead"
 
 

@@ -60,6 +60,7 @@ def _register() -> None:
     _register_models()
     register_parsers()
     hooks.install()
+    _register_quantizations()
 
 
 def _register_models() -> None:
@@ -82,3 +83,17 @@ def _register_models() -> None:
             f"SGLANG_EXTERNAL_MODEL_PACKAGE={chosen} is set: unset it, "
             f"sglang-step35 registers its models through that setting"
         )
+
+
+def _register_quantizations() -> None:
+    """Names that SGLang refuses off its own platforms before it asks ours."""
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.is_out_of_tree():
+        from sglang_step35.packed.methods import PackedConfig
+        from sglang_step35.platform.portable import QUANTIZATIONS
+
+        for name in QUANTIZATIONS:
+            if name not in QUANTIZATION_METHODS:
+                QUANTIZATION_METHODS[name] = PackedConfig

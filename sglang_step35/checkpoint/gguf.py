@@ -13,7 +13,7 @@ from torch import Tensor
 from sglang_step35.checkpoint.base import DamagedFile, TensorFiles
 from sglang_step35.checkpoint.gguf_file import GGUFFile, open_gguf
 from sglang_step35.checkpoint.gguf_names import ARCHITECTURE, ROPE_FREQS, is_norm, published_name
-from sglang_step35.packed.tensor import TYPES, PackedTensor
+from sglang_step35.packed.ggml import TYPES, GGMLTensor
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -80,20 +80,20 @@ class GGUFFiles(TensorFiles):
             )
         return first
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | PackedTensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | GGMLTensor]]:
         """Published name -> packed rows of the file; norms as float32, 1 subtracted again."""
         for file, entry in self._entries():
             if entry.name != ROPE_FREQS:
                 yield published_name(entry.name) or entry.name, self._read(file, entry)
 
-    def raw(self, name: str) -> PackedTensor | None:
+    def raw(self, name: str) -> GGMLTensor | None:
         """A tensor by its GGUF name, as it stands."""
         for file, entry in self._entries():
             if entry.name == name:
                 return _packed(file, entry)
         return None
 
-    def _read(self, file: GGUFFile, entry) -> Tensor | PackedTensor:
+    def _read(self, file: GGUFFile, entry) -> Tensor | GGMLTensor:
         tensor = _packed(file, entry)
         return tensor.dequantize() - 1 if is_norm(entry.name) else tensor
 
@@ -124,7 +124,7 @@ class GGUFFiles(TensorFiles):
         return named
 
 
-def _packed(file: GGUFFile, entry) -> PackedTensor:
+def _packed(file: GGUFFile, entry) -> GGMLTensor:
     """The tensor [.., columns] as it stands: GGUF lists its dimensions in reverse."""
     kind = TYPES.get(entry.tensor_type.name)
     if kind is None:
@@ -134,7 +134,7 @@ def _packed(file: GGUFFile, entry) -> PackedTensor:
         )
     *leading, columns = (int(size) for size in reversed(entry.shape))
     data = np.ascontiguousarray(entry.data).view(np.uint8).reshape(*leading, columns // kind.block * kind.size)
-    return PackedTensor(kind, torch.from_numpy(data))
+    return GGMLTensor(kind, torch.from_numpy(data))
 
 
 def _shard_paths(source: Path) -> list[Path]:

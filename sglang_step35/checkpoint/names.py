@@ -86,6 +86,7 @@ DERIVED = ("blockscale_swizzled", "g_idx_sort_indices")
 OPTIONAL = ("g_idx", "weight_g_idx")
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(?:transformer\.)?(.+)")
+_JOINED_LEAF = re.compile(r"(.+\w)(_blocks|_scales)")  # MXFP4 of the Open Compute Project
 _EXPERT_NAME = re.compile(r"moe\.experts\.(\d+)\.(.+)")
 
 
@@ -103,6 +104,11 @@ class TensorName:
     expert: int | None = None
 
 
+def part_name(module: str, leaf: str) -> str:
+    """MXFP4's `gate_proj_blocks` has an underscore where others have a dot."""
+    return f"{module}{leaf}" if leaf.startswith("_") else f"{module}.{leaf}"
+
+
 def parse_name(name: str) -> TensorName:
     """`model.layers.{N}.[transformer.]{module}.{leaf}`, or `{module}.{leaf}` outside the layers."""
     layer, expert = None, None
@@ -110,6 +116,8 @@ def parse_name(name: str) -> TensorName:
         layer, name = int(match[1]), match[2]
         if match := _EXPERT_NAME.fullmatch(name):
             expert, name = int(match[1]), f"moe.{match[2]}"
+    if match := _JOINED_LEAF.fullmatch(name):
+        return TensorName(layer, match[1], match[2], expert)
     module, _, leaf = name.rpartition(".")
     return TensorName(layer, module, leaf, expert)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sglang_step35.config import ModelSpec
 from sglang_step35.model.vocab import embedding, keeps_packed, output_head
-from sglang_step35.packed.parameter import PackedParameter
+from sglang_step35.packed.ggml import GGMLTensor
+from sglang_step35.packed.parameter import PackedParameter, as_packed
 from sglang_step35.packed.sglang_gguf import load_table
 from sglang_step35.packed.tensor import PackedTensor
 
@@ -91,12 +92,13 @@ class SharedTables(nn.Module):
         like = next(self.backbone[kind].parameters())
         with _construction(self._dtype, like.device):
             table = self._makers[kind]()
-        if not isinstance(copy, PackedTensor):
-            table.weight.weight_loader(table.weight, copy)
-        elif isinstance(table.qweight, PackedParameter):
-            table.qweight.fill(None, copy)
-        else:
+        packed = getattr(table, "qweight", None)
+        if isinstance(packed, PackedParameter):
+            packed.fill(None, copy)
+        elif isinstance(copy, GGMLTensor):
             load_table(table, copy, self._dtype)
+        else:
+            table.weight.weight_loader(table.weight, copy)
         self.own[_key(depth, kind)] = table
         return table
 
@@ -133,8 +135,9 @@ def _equal(table: VocabParallelEmbedding, copy: Tensor | PackedTensor) -> bool:
 
     Packed ones must be of the same type; those in SGLang's own GGUF layers are not compared.
     """
-    if isinstance(copy, PackedTensor):
-        return isinstance(table.qweight, PackedParameter) and table.qweight.rows()[0].equals(copy)
+    packed = getattr(table, "qweight", None)
+    if packed is not None:
+        return isinstance(packed, PackedParameter) and packed.rows()[0].equals(as_packed(copy))
     start = table.shard_indices.org_vocab_start_index
     rows = table.shard_indices.org_vocab_end_index - start
     weight, copy = table.weight.data, copy[start : start + rows]

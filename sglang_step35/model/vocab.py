@@ -5,6 +5,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_step35.config import ModelSpec
+from sglang_step35.names import PACKED_METHOD
 
 # SGLang's fused linear layers and the checkpoint's names for their parts.
 PACKED_MODULES = {
@@ -20,8 +21,9 @@ def name_parts(quant_config) -> None:
 
 
 def keeps_packed(quant_config) -> bool:
-    """Whether every linear layer, the experts and the vocabulary's tables keep the file's packed rows (GGUF)."""
-    return quant_config is not None and quant_config.get_name() == "gguf"
+    """Whether every linear layer, the experts and the vocabulary's tables keep the file's packed rows: our own methods,
+    and SGLang's for GGUF."""
+    return quant_config is not None and quant_config.get_name() in (PACKED_METHOD, "gguf")
 
 
 def embedding(spec: ModelSpec, quant_config=None, prefix: str = "") -> VocabParallelEmbedding:

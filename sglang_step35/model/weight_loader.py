@@ -19,10 +19,11 @@ from sglang_step35.checkpoint.names import (
     Rename,
     TensorName,
     parse_name,
+    part_name,
     weight_shapes,
 )
+from sglang_step35.checkpoint.parts import BadPart, PartCollector, is_part
 from sglang_step35.config import LayerSpec
-from sglang_step35.model.unpack import PACKED_LEAVES, Unpacker
 from sglang_step35.model.vocab import keeps_packed
 from sglang_step35.packed.parameter import PackedParameter
 from sglang_step35.packed.sglang_gguf import as_sglang_takes_it
@@ -68,7 +69,7 @@ class Loader:
         self.copies: dict[tuple[int, str], Tensor] = {}
         self.filled: dict[tuple[int | None, str], set[int | None]] = defaultdict(set)
         self.needed = self._needed()
-        self.unpacker = Unpacker()
+        self.collector = PartCollector(getattr(model.quant_config, "declared", None))
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Put one checkpoint tensor where it belongs, or pass over another rank's or model's."""
@@ -76,8 +77,8 @@ class Loader:
         owner = self.owners.get(parts.layer)
         if owner is None or parts.leaf == "inv_freq":
             return
-        if self._is_packed(parts):
-            matrix = self.unpacker.add(name.rpartition(".")[0], parts.leaf, tensor)
+        if self._is_packed(parts, tensor):
+            matrix = self._collect(name, parts.leaf, tensor)
             if matrix is None:
                 return
             tensor, parts = matrix, replace(parts, leaf="weight")
@@ -100,17 +101,31 @@ class Loader:
             target = owner.prefix + entry.target + LEAVES.get(parts.leaf, parts.leaf)
             self._fill_plain(name, tensor, parts, entry, target)
 
-    def _is_packed(self, parts: TensorName) -> bool:
-        """Whether the tensor is part of a packed matrix where our layer holds a plain one."""
+    def _is_packed(self, parts: TensorName, tensor: Tensor | PackedTensor) -> bool:
+        """Whether the tensor is part of a packed matrix, where our layer keeps it so or holds a plain one."""
+        if isinstance(tensor, PackedTensor) or not is_part(parts.leaf, tensor):
+            return False
+        if self.packed:
+            return True
         ours, plain = (_full_name(parts.layer, parts.module, leaf) for leaf in (parts.leaf, "weight"))
-        return (
-            parts.leaf in PACKED_LEAVES
-            and (parts.layer, ours) not in self.needed
-            and self.needed.get((parts.layer, plain)) == {None}
-        )
+        return (parts.layer, ours) not in self.needed and self.needed.get((parts.layer, plain)) == {None}
+
+    def _collect(self, name: str, leaf: str, tensor: Tensor) -> PackedTensor | None:
+        """The matrix that the tensor completes, None before."""
+        module = name.removesuffix(leaf).removesuffix(".")
+        try:
+            return self.collector.add(module, leaf, tensor)
+        except BadPart as error:
+            raise WeightError(f"{self.files.describe(part_name(module, error.leaf))} {error}") from error
 
     def check_complete(self) -> None:
         """Raise WeightError unless every part of every parameter was filled."""
+        alone = [
+            f"{self.files.describe(part_name(module, found))} without its {lacking}"
+            for module, found, lacking in self.collector.incomplete()
+        ]
+        if alone:
+            raise WeightError(f"{self.files} has {_some(alone)}. Download or copy the missing files again.")
         missing = []
         for key, experts in self.needed.items():
             if key[1].rpartition(".")[2] in OPTIONAL:
@@ -157,8 +172,9 @@ class Loader:
         if wanted is None and entry and entry.routed and parts.expert is None:
             wanted = (owner.experts, *tensor.shape[1:])
         if wanted is not None and tuple(tensor.shape) != wanted:
+            found = "has" if name.endswith(parts.leaf) else "completes a matrix of"
             raise WeightError(
-                f"{self.files.describe(name)} has shape {tuple(tensor.shape)}, config.json asks for "
+                f"{self.files.describe(name)} {found} shape {tuple(tensor.shape)}, config.json asks for "
                 f"{wanted}: use the config.json that was published with these weights"
             )
         self.filled[key] |= self._experts(parts, owner)
@@ -196,11 +212,11 @@ class Loader:
             )
         self._fill(name, tensor, parts, entry, target)
 
-    def _fill_packed(self, name: str, tensor: PackedTensor, parts: TensorName, entry: Rename, target: str) -> None:
+    def _fill_packed(self, name: str, tensor, parts: TensorName, entry: Rename, target: str) -> None:
         """A layer that keeps the rows packed: ours takes them as they are, SGLang's the type before the bytes."""
         parameter = self.parameters[target + PACKED]
         if isinstance(parameter, PackedParameter):
-            parameter.fill(entry.shard, tensor)
+            parameter.fill(entry.shard, tensor, parts.expert)
             return
         kind, weight = as_sglang_takes_it(tensor, torch.get_default_dtype())
         self._fill(name, kind, parts, entry, target + PACKED_TYPE)

@@ -18,15 +18,25 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
+from sglang_step35.checkpoint.quantization import Quantization
+from sglang_step35.names import PACKED_METHOD
 from sglang_step35.packed import kernel
 from sglang_step35.packed.parameter import PackedParameter
 
 
 class PackedConfig(QuantizationConfig):
-    """GGUF on the portable platform: every linear layer, the routed experts, the embedding and the head."""
+    """Quantised checkpoints on the portable platform: every linear layer, the routed experts, the embedding and the
+    head take what their file has, packed or not.
+
+    declared: the checkpoint's `quantization_config`; None for GGUF, whose tensors say all.
+    """
+
+    def __init__(self, declared: Quantization | None = None):
+        super().__init__()
+        self.declared = declared
 
     def get_name(self) -> str:
-        return "gguf"
+        return PACKED_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.float32, torch.bfloat16, torch.float16]
@@ -37,11 +47,13 @@ class PackedConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []
+        """Where SGLang looks if config.json has no `quantization_config`; it raises without either."""
+        return ["quantization_config.json"]
 
     @classmethod
     def from_config(cls, config: dict) -> "PackedConfig":
-        return cls()
+        """config: `quantization_config` of config.json, empty for GGUF. Raises QuantizationError."""
+        return cls(Quantization.of(config) if config else None)
 
     def get_scaled_act_names(self) -> list[str]:
         return []

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from sglang_step35.packed.tensor import TYPES, PackedTensor
+from sglang_step35.packed.ggml import plain
+from sglang_step35.packed.stack import StackedTensor
+from sglang_step35.packed.tensor import PackedTensor
 
 
 class PackedParameter(nn.Parameter):
@@ -22,14 +24,21 @@ class PackedParameter(nn.Parameter):
         parameter.parts, parameter.order = {}, order
         return parameter
 
-    def fill(self, part: str | int | None, tensor: "PackedTensor | torch.Tensor") -> None:
-        """Take one part; an ordinary tensor becomes a packed one of float32."""
-        self.parts[part] = tensor if isinstance(tensor, PackedTensor) else _float32(tensor)
+    def fill(self, part: str | int | None, tensor: PackedTensor | torch.Tensor, expert: int | None = None) -> None:
+        """Take one part, or one expert's of a part [E, rows, columns]; an ordinary tensor stays in its own dtype."""
+        if expert is None:
+            self.parts[part] = as_packed(tensor)
+            return
+        stack = self.parts.get(part)
+        if not isinstance(stack, StackedTensor):
+            stack = self.parts[part] = StackedTensor({})
+        stack.matrices[expert] = as_packed(tensor)
 
     def rows(self) -> list[PackedTensor]:
         """The parts in order."""
         return [self.parts[part] for part in self.order]
 
 
-def _float32(tensor: torch.Tensor) -> PackedTensor:
-    return PackedTensor(TYPES["F32"], tensor.float().contiguous().view(torch.uint8))
+def as_packed(tensor: PackedTensor | torch.Tensor) -> PackedTensor:
+    """The same weights behind the one interface."""
+    return tensor if isinstance(tensor, PackedTensor) else plain(tensor)

@@ -10,7 +10,7 @@ from sglang.srt.layers.quantization import gguf as stock
 from torch import Tensor, nn
 
 from sglang_step35.model.mlp import swiglu
-from sglang_step35.packed.tensor import PackedTensor
+from sglang_step35.packed.ggml import GGMLTensor
 
 
 class ClampedExperts(stock.GGUFMoEMethod):
@@ -43,7 +43,7 @@ def _product(x: Tensor, layer: nn.Module, which: str, expert: int) -> Tensor:
     return stock.fused_mul_mat_gguf(x, weight[expert], kind.weight_type)
 
 
-def as_sglang_takes_it(tensor: PackedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def as_sglang_takes_it(tensor: GGMLTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(type, weight) for the parameters `qweight_type` and `qweight` of SGLang's GGUF layers.
 
     The type: a number, one for each expert of a stack. The weight: bytes of quantised types, floats of others.
@@ -54,7 +54,7 @@ def as_sglang_takes_it(tensor: PackedTensor, dtype: torch.dtype) -> tuple[Tensor
     return kind, tensor.dequantize().to(dtype) if tensor.type.plain else tensor.data
 
 
-def load_table(table: nn.Module, tensor: PackedTensor, dtype: torch.dtype) -> None:
+def load_table(table: nn.Module, tensor: GGMLTensor, dtype: torch.dtype) -> None:
     """Fill an embedding or a head."""
     kind, weight = as_sglang_takes_it(tensor, dtype)
     for parameter, value in ((table.qweight_type, kind), (table.qweight, weight)):

@@ -1,69 +1,75 @@
-"""A weight as its file stores it: bytes and their type. No SGLang here."""
+"""A weight as its file stores it: what every kind of packed matrix must answer. No SGLang here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from sglang_step35.packed import unpack
 
+class PackedTensor(ABC):
+    """Weights [..., rows, columns] that stay packed in memory, usually views of files mapped into it.
 
-@dataclass(frozen=True)
-class PackedType:
-    """A GGML type: `block` consecutive weights of a row stand in `size` bytes. number: GGML's own of the type."""
-
-    name: str
-    number: int
-    block: int
-    size: int
-    unpack: Callable[[Tensor], Tensor]
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is an ordinary floating-point type."""
-        return self.block == 1
-
-
-TYPES = {
-    kind.name: kind
-    for kind in (
-        PackedType("F32", 0, 1, 4, unpack.f32),
-        PackedType("F16", 1, 1, 2, unpack.f16),
-        PackedType("BF16", 30, 1, 2, unpack.bf16),
-        PackedType("Q4_0", 2, 32, 18, unpack.q4_0),
-        PackedType("Q8_0", 8, 32, 34, unpack.q8_0),
-        PackedType("Q4_K", 12, 256, 144, unpack.q4_k),
-        PackedType("Q5_K", 13, 256, 176, unpack.q5_k),
-        PackedType("Q6_K", 14, 256, 210, unpack.q6_k),
-    )
-}
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTensor:
-    """Rows of packed weights, usually a view of a file mapped into memory.
-
-    data: [..., bytes of a row] uint8. Indexing works on the leading dimensions, as on a tensor.
+    Kinds: `ggml.py` (GGUF's blocks), `grouped.py` (codes with a scale for each group of columns), `blocks.py` (FP8
+    with a scale for each block of rows and columns), `stack.py` (matrices of any kind on top of each other).
     """
 
-    type: PackedType
-    data: Tensor
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights: [..., rows, columns]."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weights: [..., columns]."""
-        *leading, size = self.data.shape
-        return (*leading, size // self.type.size * self.type.block)
+    @abstractmethod
+    def stored(self) -> tuple[Tensor, ...]:
+        """Every tensor that the weights are read from."""
 
-    def __getitem__(self, index) -> "PackedTensor":
-        return PackedTensor(self.type, self.data[index])
+    @abstractmethod
+    def __getitem__(self, index) -> PackedTensor:
+        """Index the first dimension as on a tensor: an expert or several of a stack, rows of one matrix."""
 
+    @abstractmethod
+    def rows(self, start: int, end: int) -> PackedTensor:
+        """The rows start .. end - 1 of every matrix."""
+
+    @abstractmethod
+    def columns(self, start: int, end: int) -> PackedTensor:
+        """The columns start .. end - 1 of every row. Raises ValueError where that would cut what shares a scale."""
+
+    @abstractmethod
     def dequantize(self) -> Tensor:
         """The weights in float32; a view where the file stores float32."""
-        blocks = self.data.contiguous().view(-1, self.type.size)
-        return self.type.unpack(blocks).view(self.shape)
 
-    def equals(self, other: "PackedTensor") -> bool:
-        """The same type and the same bytes."""
-        return self.type is other.type and torch.equal(self.data, other.data)
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in self.stored)
+
+    def equals(self, other: PackedTensor) -> bool:
+        """Stored in the same way, bit by bit."""
+        return (
+            self.kind == other.kind
+            and self.shape == other.shape
+            and all(_same(mine, theirs) for mine, theirs in zip(self.stored, other.stored, strict=True))
+        )
+
+    @property
+    def kind(self) -> tuple:
+        """What must be the same for the stored tensors to mean the same."""
+        return type(self), len(self.stored)
+
+
+def check_cut(columns: int, start: int, end: int, unit: int, what: str) -> None:
+    """Raise ValueError unless start .. end lies between multiples of `unit` and inside the columns."""
+    if not 0 <= start < end <= columns:
+        raise ValueError(f"columns {start} to {end} do not lie in a matrix of {columns}")
+    if start % unit or end % unit:
+        raise ValueError(f"columns {start} to {end} of {columns} would cut {what} of {unit} columns")
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Bit by bit, for types without a comparison (float8) too."""
+    if first.dtype is not second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

@@ -4,7 +4,11 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from sglang_step35.checkpoint.quantization import METHODS
 from sglang_step35.names import ATTENTION_BACKEND
+
+# SGLang's names of the quantisations that packed weights serve; it may choose a Marlin name for GPTQ and AWQ.
+QUANTIZATIONS = ("gguf", *METHODS, "gptq_marlin", "awq_marlin")
 
 
 class PortablePlatform(CpuDeviceMixin, SRTPlatform):
@@ -17,7 +21,7 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
-    supported_quantization: list[str] = ["gguf"]
+    supported_quantization: list[str] = list(QUANTIZATIONS)
     capabilities = PlatformCapabilities()
 
     def get_dispatch_key_name(self) -> str:
@@ -34,7 +38,7 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         return PortableMHATokenToKVPool
 
     def get_quantization_config(self, quantization: str) -> type | None:
-        if quantization != "gguf":
+        if quantization not in QUANTIZATIONS:
             return None
         from sglang_step35.packed.methods import PackedConfig
 

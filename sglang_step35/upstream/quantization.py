@@ -6,6 +6,7 @@ ROWS = (
     # Methods that our packed layers and experts implement.
     *module(
         "sglang.srt.layers.quantization.base_config",
+        takes("QuantizationConfig.__init__", "self"),
         takes("QuantizationConfig.from_config", "config"),
         takes("QuantizationConfig.get_config_filenames", ""),
         takes("QuantizationConfig.get_min_capability", ""),
@@ -31,6 +32,7 @@ ROWS = (
         "sglang.srt.platforms.interface",
         takes("SRTPlatform.get_quantization_config", "self quantization"),
     ),
+    plain("sglang.srt.layers.quantization.QUANTIZATION_METHODS", "a dict of classes, to which we add gptq and mxfp4"),
     plain("sglang.srt.layers.linear.LinearBase", "asked with isinstance"),
     plain("sglang.srt.layers.moe.fused_moe_triton.FusedMoE", "asked with isinstance"),
     # 4-bit experts.

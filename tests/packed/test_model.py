@@ -9,8 +9,8 @@ import torch
 from gguf import GGMLQuantizationType as Q
 
 from sglang_step35.packed import methods
+from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.parameter import PackedParameter
-from sglang_step35.packed.tensor import TYPES
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.gguf_files import write_gguf

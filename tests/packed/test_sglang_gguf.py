@@ -16,7 +16,7 @@ from sglang.srt.layers.quantization import gguf as stock
 from sglang_step35.checkpoint.gguf import GGUFFiles
 from sglang_step35.model.causal_lm import Step3p5ForCausalLM
 from sglang_step35.model.mtp import Step3p5MTP
-from sglang_step35.packed.tensor import TYPES, PackedTensor
+from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from tests.packed.test_model import SMALL, converted, prompt
 from tests.support import model_host
 
@@ -26,13 +26,13 @@ KINDS = {kind.number: kind for kind in TYPES.values()}
 def product(x, qweight, qweight_type):
     """SGLang's `fused_mul_mat_gguf` in plain torch."""
     kind = KINDS[int(qweight_type)]
-    weight = qweight if kind.plain else PackedTensor(kind, qweight).dequantize()
+    weight = qweight if kind.plain else GGMLTensor(kind, qweight).dequantize()
     return x @ weight.T
 
 
 def rows(ids, qweight, qweight_type, hidden_size, dtype=None):
     kind = KINDS[int(qweight_type)]
-    return qweight[ids] if kind.plain else PackedTensor(kind, qweight[ids]).dequantize()
+    return qweight[ids] if kind.plain else GGMLTensor(kind, qweight[ids]).dequantize()
 
 
 def experts(x, w1, w2, topk_weights, topk_ids, qweight_type, qweight_type2, activation):

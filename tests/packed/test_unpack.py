@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType
 
 from sglang_step35.model.mlp import swiglu
 from sglang_step35.packed import kernel
+from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from sglang_step35.packed.parameter import PackedParameter
-from sglang_step35.packed.tensor import TYPES, PackedTensor
 from tests.support.gguf_files import packed_bytes
 
 
@@ -18,13 +18,13 @@ def _seed():
     torch.manual_seed(0)
 
 
-def packed(name: str, *shape: int, seed: int = 0) -> tuple[PackedTensor, torch.Tensor]:
+def packed(name: str, *shape: int, seed: int = 0) -> tuple[GGMLTensor, torch.Tensor]:
     """Random weights and what `gguf.quants` makes of their bytes."""
     kind = GGMLQuantizationType[name]
     weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     stored = np.ascontiguousarray(packed_bytes(weight, kind, seed))
     data = torch.from_numpy(stored.view(np.uint8).reshape(*shape[:-1], -1))
-    return PackedTensor(TYPES[name], data), torch.from_numpy(gguf.quants.dequantize(stored, kind).copy())
+    return GGMLTensor(TYPES[name], data), torch.from_numpy(gguf.quants.dequantize(stored, kind).copy())
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -1,18 +1,18 @@
 """4-bit checkpoints as the quantisers publish them: their packing written out, and read back from the expert kernels.
 
-Letters: N output rows, K input columns, G groups of K, E experts. A quantised matrix is (nibbles - zeros) * scales with
-nibbles [N, K] in 0 .. 15, scales and zeros [N, G]. AutoRound and llm-compressor save each routed expert by itself, as
-`moe.experts.{e}.gate_proj`, and leave the router, the head gate and the MTP layers alone.
+Letters: N output rows, K input columns, G groups of K, E experts. A quantised matrix is (codes - zeros) * scales with
+codes [N, K] in 0 .. 15 (255 with 8 bits), scales and zeros [N, G]. AutoRound and llm-compressor save each routed expert
+by itself, as `moe.experts.{e}.gate_proj`, and leave the router, the head gate and the MTP layers alone.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-IN_ORDER = range(8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's interleaving of the eight nibbles of a word
 ALSO = re.compile(r"model\.layers\.\d+\.(self_attn\.g_proj|moe\.gate)")  # what some tools pack as well
 QUANTISED = re.compile(
@@ -29,6 +29,8 @@ class Format:
     symmetric: bool
     config: dict
     saves_order: bool = False  # g_idx, which GPTQ tools write even without act-order
+    bits: int = 4
+    zero_shift: int = 1  # what GPTQ's stored zero points lack
 
 
 def formats(group: int) -> dict[str, Format]:
@@ -70,7 +72,7 @@ def quantise(
             layer, part = module.split(".moe.")
             parts = {f"{layer}.moe.experts.{e}.{part}": expert for e, expert in enumerate(weight)}
         for single, matrix in parts.items():
-            tensors, meaning[single] = _quantise(matrix, form, group)
+            tensors, meaning[single] = pack_matrix(matrix, form, group)
             packed |= {f"{single}.{leaf}": tensor for leaf, tensor in tensors.items()}
     return packed, meaning
 
@@ -83,32 +85,38 @@ def experts_meaning(layer) -> dict[str, Tensor]:
     return {name: _read(weight, scale, zero) for name, weight, scale, zero in halves}
 
 
-def _quantise(matrix: Tensor, form: Format, group: int) -> tuple[dict[str, Tensor], Tensor]:
+def pack_matrix(matrix: Tensor, form: Format, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of one matrix [N, K] by their last names, and what they stand for."""
     rows, columns = matrix.shape
     grouped = matrix.float().view(rows, columns // group, group)
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scales = (torch.maximum(-low, high) / 7 if form.symmetric else (high - low) / 15).clamp(min=1e-4).bfloat16()
-    zeros = torch.full_like(low, 8) if form.symmetric else (-low / scales).round().clamp(1, 15)
-    nibbles = ((grouped / scales[..., None].float()).round() + zeros[..., None]).clamp(0, 15)
-    meaning = ((nibbles - zeros[..., None]) * scales[..., None].float()).view(rows, columns)
-    nibbles, zeros = nibbles.view(rows, columns).long(), zeros.long()
+    top = (1 << form.bits) - 1
+    half = (top + 1) // 2
+    scales = (torch.maximum(-low, high) / (half - 1) if form.symmetric else (high - low) / top).clamp(min=1e-4)
+    scales = scales.bfloat16()
+    zeros = torch.full_like(low, half) if form.symmetric else (-low / scales.float()).round().clamp(1, top)
+    codes = ((grouped / scales[..., None].float()).round() + zeros[..., None]).clamp(0, top)
+    meaning = ((codes - zeros[..., None]) * scales[..., None].float()).view(rows, columns)
+    codes, zeros = codes.view(rows, columns).long(), zeros.long()
     if form.packing == "compressed":
         shape = torch.tensor([rows, columns])
-        return dict(weight_packed=_pack(nibbles), weight_scale=scales, weight_shape=shape), meaning
+        return dict(weight_packed=_pack(codes), weight_scale=scales, weight_shape=shape), meaning
     tensors = dict(scales=scales.T.contiguous())
     if form.packing == "awq":
-        return tensors | dict(qweight=_pack(nibbles.T, AWQ_ORDER), qzeros=_pack(zeros.T, AWQ_ORDER)), meaning
+        return tensors | dict(qweight=_pack(codes.T, AWQ_ORDER), qzeros=_pack(zeros.T, AWQ_ORDER)), meaning
     # GPTQ stores zeros less one, and its words run down the columns.
-    tensors |= dict(qweight=_pack(nibbles).T.contiguous(), qzeros=_pack(zeros.T - 1))
+    stored_zeros = _pack(zeros.T - form.zero_shift, bits=form.bits)
+    tensors |= dict(qweight=_pack(codes, bits=form.bits).T.contiguous(), qzeros=stored_zeros)
     if form.saves_order:
         tensors["g_idx"] = torch.arange(columns, dtype=torch.int32) // group
     return tensors, meaning
 
 
-def _pack(nibbles: Tensor, order=IN_ORDER) -> Tensor:
-    """[R, 8 C] -> [R, C] int32: nibble i of a word is element order[i] of its eight."""
-    eights = nibbles.contiguous().reshape(len(nibbles), -1, 8).numpy().astype(np.uint32)
-    words = sum(eights[..., element] << np.uint32(4 * i) for i, element in enumerate(order))
+def _pack(codes: Tensor, order: Sequence[int] | None = None, bits: int = 4) -> Tensor:
+    """[R, P C] -> [R, C] int32: code i of a word is element order[i] of its P."""
+    order = order or range(32 // bits)
+    parts = codes.contiguous().reshape(len(codes), -1, 32 // bits).numpy().astype(np.uint32)
+    words = sum(parts[..., element] << np.uint32(bits * i) for i, element in enumerate(order))
     return torch.from_numpy(np.ascontiguousarray(words).view(np.int32))
 
 
