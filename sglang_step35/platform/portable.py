@@ -27,6 +27,10 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
     def get_dispatch_key_name(self) -> str:
         return "native"
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # Compiling a vocabulary's mask for inductor takes 10 s of a start and a C++ compiler.
+        return "eager"
+
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
 
