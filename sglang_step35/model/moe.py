@@ -22,6 +22,8 @@ from sglang_step35.config import LayerSpec, MoESpec
 from sglang_step35.model import int4
 from sglang_step35.model.experts import PlainExperts, runs_plain_torch
 from sglang_step35.model.mlp import MLP
+from sglang_step35.model.vocab import keeps_packed
+from sglang_step35.packed.ggml import WIDEST_BLOCK
 from sglang_step35.packed.sglang_gguf import ClampedExperts
 
 
@@ -192,9 +194,11 @@ def _routed_output_is_complete() -> bool:
 def _cannot_shard(size: int, quant_config, prefix: str) -> bool:
     """Whether the shared expert's width does not divide by the ranks, or not into what its kernels take at once.
 
-    1280 wide in blocks of 128 does not split over 4 ranks or more.
+    1280 wide in blocks of 128 does not split over 4 ranks or more, in GGML's blocks of 256 not over two.
     """
     block = getattr(quant_config, "weight_block_size", None)
+    if keeps_packed(quant_config):
+        block = (WIDEST_BLOCK,)
     if block is None and quant_config is not None and quant_config.get_name() in (*int4.NAMES, "compressed_tensors"):
         block = (int4.MARLIN_COLUMNS,)
     ranks = get_parallel().tp_size
