@@ -1,7 +1,6 @@
 """Packed weights over two ranks: every format against a float32 model on what another library reads of its file."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,14 +57,14 @@ def rank_main(rank: int, paths: list[Path], refused: list[Path], output: Path, p
         out = model_host.run(backbone, PROMPT)
         drafts = model_host.mtp_logits(mtp, out.hidden_states, PROMPT)
         found[path] = out.next_token_logits, out.hidden_states, drafts, report
-    messages = [failure(lambda: model_host.load_gguf(path)) for path in refused]
+    messages = [failure(path) for path in refused]
     if rank == 0:
         torch.save((found, messages), output)
 
 
-def failure(load: Callable) -> str:
+def failure(file: Path) -> str:
     try:
-        load()
+        model_host.load_gguf(file)
     except WeightError as error:
         return str(error)
     return "no error"
