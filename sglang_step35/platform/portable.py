@@ -49,13 +49,18 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         return PackedConfig
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Defaults that a user's own flag overrides.
+        """Defaults that a user's own flag overrides. Raises ValueError for what this platform lacks.
 
         SGLang's own CPU default comes first and stands where the user named no backend.
         """
         own_default = "torch_native" if self.cpu_arch == CpuArchEnum.ARM else "intel_amx"
         if server_args.attention_backend in (None, own_default):
             server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.attn_dp_size > 1:
+            raise ValueError(
+                "data-parallel attention (--attn-dp-size, --enable-dp-attention) moves rows between ranks with a "
+                "Triton kernel, which a CPU lacks: use --tp-size alone, or whole replicas by --dp-size"
+            )
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == "EAGLE"
