@@ -21,8 +21,9 @@ TOLERANCE = 2e-4
 PROMPT = list(range(20, 60))
 # Per rank a multiple of 32 columns of every matrix, and of 256; experts of the second stay whole.
 NARROW = CheckpointShape(
-    heads=4, sliding_heads=8, dense_size=128, expert_size=64, shared_size=64, residual=0.5, embedding_copies=True
-)
+    heads=4, sliding_heads=8, dense_size=128, expert_size=64, shared_size=64, residual=0.5, embedding_copies=True,
+    vocab_size=500,
+)  # fmt: skip
 WIDE = CheckpointShape(
     num_layers=5, hidden_size=256, heads=8, sliding_heads=16, kv_groups=1, head_dim=64, dense_size=512,
     expert_size=256, shared_size=256, experts=4, top_k=2, residual=0.5,

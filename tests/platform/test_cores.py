@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_step35.platform import cores
+from sglang_step35.platform.portable import PortablePlatform
 
 
 @pytest.mark.parametrize(
@@ -101,3 +102,9 @@ def test_memory(nodes, ranks, expected, monkeypatch):
     monkeypatch.setattr(cores, "get_cpu_ids_by_node", lambda: ["0"] * nodes)
     monkeypatch.setattr(cores, "ranks_here", lambda: ranks)
     assert cores.part_of_memory(120, None, 0) == expected
+
+
+def test_attention_divided_by_data_is_refused():
+    arguments = SimpleNamespace(attention_backend=None, attn_dp_size=2)
+    with pytest.raises(ValueError, match="--enable-dp-attention.* --tp-size alone, or whole replicas by --dp-size"):
+        PortablePlatform().apply_server_args_defaults(arguments)
