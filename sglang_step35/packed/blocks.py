@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sglang_step35.packed.ggml import plain
 from sglang_step35.packed.tensor import PackedTensor, check_cut
 
 
@@ -29,12 +30,12 @@ class BlockTensor(PackedTensor):
     def stored(self) -> tuple[Tensor, ...]:
         return self.values, self.scales
 
-    def __getitem__(self, index) -> "BlockTensor":
-        """Rows of one matrix as a slice without steps: others would need a scale a row."""
+    def __getitem__(self, index) -> PackedTensor:
+        """Rows in no order, as an embedding is asked for, come in float32: no block is left of them."""
         if self.values.dim() > 2:
             return replace(self, values=self.values[index], scales=self.scales[index])
-        if not isinstance(index, slice) or index.step not in (None, 1):
-            raise TypeError(f"rows of FP8 blocks are taken by a slice, not by {index!r}")
+        if not isinstance(index, slice):
+            return plain(self._values(self.values.view(torch.uint8)[index].view(self.values.dtype), index))
         start, end, _ = index.indices(len(self.values))
         return self.rows(start, max(start, end))
 
@@ -50,9 +51,13 @@ class BlockTensor(PackedTensor):
         return replace(self, values=values, scales=scales, first=(self.first[0], column))
 
     def dequantize(self) -> Tensor:
-        rows, columns = (torch.arange(size) + at for size, at in zip(self.shape[-2:], self.first, strict=True))
-        scales = self.scales.float().index_select(-2, rows // self.block[0])
-        return self.values.float() * scales.index_select(-1, columns // self.block[1])
+        return self._values(self.values, torch.arange(self.shape[-2]))
+
+    def _values(self, values: Tensor, rows: Tensor) -> Tensor:
+        """values [..., C] of these rows -> float32."""
+        columns = torch.arange(self.shape[-1]) + self.first[1]
+        scales = self.scales.float()[..., (rows + self.first[0]) // self.block[0], :]
+        return values.float() * scales[..., columns // self.block[1]]
 
     @property
     def kind(self) -> tuple:

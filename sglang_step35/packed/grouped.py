@@ -23,11 +23,6 @@ def nibbles(data: Tensor) -> Tensor:
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """[..., 2 b] uint8 below 16 -> [..., b] uint8: the inverse of `nibbles`."""
-    return values[..., 0::2] | values[..., 1::2] << 4
-
-
 @dataclass(frozen=True)
 class Code:
     """How a byte stores weights. values: [..., b] -> [..., b * 8 / bits] float32, without scale and zero point."""

@@ -41,9 +41,13 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
 
         return PortableMHATokenToKVPool
 
-    def get_quantization_config(self, quantization: str) -> type | None:
+    def get_quantization_config(self, quantization: str) -> type:
+        """Raises ValueError for what only SGLang's kernels serve."""
         if quantization not in QUANTIZATIONS:
-            return None
+            raise ValueError(
+                f"the quantisation {quantization!r} (--quantization or config.json's quantization_config.quant_method) "
+                f"has no kernels on this platform, which serves {', '.join(('gguf', *METHODS))}"
+            )
         from sglang_step35.packed.methods import PackedConfig
 
         return PackedConfig

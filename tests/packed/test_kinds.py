@@ -43,6 +43,8 @@ def test_rows_and_columns(name):
     """What ranks take: rows anywhere, columns between groups; each once more of what is left."""
     matrix, meaning = collected(SCHEMES[name], 96, 256)
     assert torch.equal(matrix[20:77].dequantize(), meaning[20:77])
+    ids = torch.tensor([[70, 3], [3, 95]])
+    assert torch.equal(kernel.gather(ids, matrix), meaning[ids])
     assert torch.equal(matrix.rows(20, 77)[10:30].dequantize(), meaning[30:50])
     assert torch.equal(matrix.columns(64, 192).dequantize(), meaning[:, 64:192])
     assert torch.equal(matrix.columns(64, 256)[5:90].columns(32, 96).dequantize(), meaning[5:90, 96:160])
@@ -82,6 +84,8 @@ def test_groups_may_not_be_cut(name):
     matrix, _ = collected(SCHEMES[name], 96, 256)
     with pytest.raises(ValueError, match="columns 16 to 64 of 256 would cut quantisation groups of 32 columns"):
         matrix.columns(16, 64)
+    with pytest.raises(ValueError, match="columns 32 to 80 of 256 would cut quantisation groups of 32 columns"):
+        matrix.columns(32, 80)
     with pytest.raises(ValueError, match="columns 64 to 288 do not lie in a matrix of 256"):
         matrix.columns(64, 288)
 

@@ -4,16 +4,19 @@ The window is 8.
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sglang_step35.assets import NANO
 from sglang_step35.packed.parameter import PackedParameter
 from tests.model.test_weights import edit, failure
 from tests.packed.test_model import K_WIDE, SMALL, TOLERANCE, prompt
 from tests.support import model_host, quantised
 from tests.support.checkpoints import make_checkpoint
+from tests.support.nano_model import prompts
 from tests.support.reference import Reference
 
 CASES = {
@@ -128,11 +131,38 @@ def test_packed_gates_routers_projections_and_heads(tmp_path):
         assert (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["FP8", "W8A8", "MXFP4 blocks"])
-def test_bfloat16_activations(tmp_path, name):
-    scheme = quantised.other_schemes()[name]
-    directory, reference = written(tmp_path, replace(SMALL, residual=0.3), scheme)
-    found = model_host.all_logits(model_host.load(directory, dtype="bfloat16"), prompt(24))
-    agreement = (found.argmax(-1) == reference.logits(prompt(24)).argmax(-1)).float().mean()
-    print(name, agreement, (found.float().log_softmax(-1) - reference.logprobs(prompt(24))).abs().mean())
-    assert agreement > 0.9
+@pytest.mark.parametrize("scheme", [quantised.compressed(4, 32), quantised.fp8((128, 128))], ids=["INT4", "FP8"])
+def test_bfloat16_activations(tmp_path, scheme):
+    """On nano, at, below and past its window of 64: 2e-2 is what bfloat16 costs the unquantised model too, on average
+    over tokens as likely as the reference finds them; single unlikely ones differ by more."""
+    directory = tmp_path / "nano"
+    shutil.copytree(NANO, directory)
+    meaning = quantised.write(directory, scheme)
+    reference = Reference(json.loads((directory / "config.json").read_text()), meaning)
+    backbone = model_host.load(directory, dtype="bfloat16")
+    for length in (63, 64, 65, 150):
+        ids = (prompts()[0] * 20)[:length]
+        expected = reference.logprobs(ids)
+        error = (model_host.all_logits(backbone, ids).float().log_softmax(-1) - expected).abs()
+        assert (error * expected.exp()).sum(-1).mean() < 2e-2
+
+
+def test_parts_in_different_files(tmp_path):
+    directory, reference = written(tmp_path, SMALL, quantised.schemes(32)["GPTQ"])
+    weights = load_file(directory / "model.safetensors")
+    save_file(dict(list(weights.items())[::2]), directory / "model-00001-of-00002.safetensors")
+    save_file(dict(list(weights.items())[1::2]), directory / "model-00002-of-00002.safetensors")
+    (directory / "model.safetensors").unlink()
+    assert difference(model_host.load(directory), reference, 12) < TOLERANCE
+
+
+def test_quantising_while_loading_is_refused(tmp_path):
+    make_checkpoint(tmp_path, SMALL)
+    with pytest.raises(ValueError, match="Cannot find the config file for fp8"):
+        model_host.load(tmp_path, quantization="fp8")
+
+
+def test_a_method_without_kernels_here_is_refused(tmp_path):
+    make_checkpoint(tmp_path, SMALL)
+    with pytest.raises(ValueError, match="'moe_wna16'.* has no kernels on this platform, which serves gguf, fp8"):
+        model_host.load(tmp_path, quantization="moe_wna16")

@@ -42,10 +42,10 @@ def ensure_runtime(directory: Path) -> None:
         start_runtime(directory)
 
 
-def load(directory: Path, draft: bool = False, dtype: str = "float32") -> nn.Module:
+def load(directory: Path, draft: bool = False, dtype: str = "float32", **settings) -> nn.Module:
     """Build and load the backbone, or the MTP layers, with SGLang's default loader."""
     ensure_runtime(directory)
-    config = ModelConfig(str(directory), is_draft_model=draft, dtype=dtype)
+    config = ModelConfig(str(directory), is_draft_model=draft, dtype=dtype, **settings)
     return _load(LoadConfig(), config)
 
 
