@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sglang_step35.bench.servers import Server, ServerPool
+from sglang_step35.bench.servers import ALIVE, Server, ServerPool
 from tests.support import warm
 
 _pool = pytest.StashKey[ServerPool]()
@@ -13,9 +13,18 @@ _pool = pytest.StashKey[ServerPool]()
 @pytest.fixture(scope="session")
 def serve(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """`serve(*arguments)`: a healthy server with these `sglang serve` arguments, shared between tests."""
-    pool = request.config.stash[_pool] = ServerPool(tmp_path_factory.mktemp("servers"), start=warm.start_server)
+    alive = 1 if hasattr(request.config, "workerinput") else ALIVE  # a server in each of two pytest processes
+    folder = tmp_path_factory.mktemp("servers")
+    pool = request.config.stash[_pool] = ServerPool(folder, alive, start=warm.start_server)
     yield pool.get
     pool.stop_all()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the files, those that need servers come first: the short ones fill what is left."""
+    if hasattr(config, "workerinput"):
+        long = {item.path for item in items if item.get_closest_marker("server")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,8 @@ def test_the_buffers_have_what_the_capture_loop_reads(stock, ours):
     read = stock.reads(reached(stock, ours), "self", "buffers")
     assert {"seq_lens", "reset_index_buffers"} <= read
     inherited = Methods.of(("sglang.srt.model_executor.input_buffers", "ForwardInputBuffers"))
-    assert sorted(read - class_fields(class_node(OURS, "PassBuffers")) - set(inherited.nodes)) == []
+    buffers = class_node("sglang_step35.speculative.pass_buffers", "PassBuffers")
+    assert sorted(read - class_fields(buffers) - set(inherited.nodes)) == []
 
 
 @pytest.mark.parametrize("module", ["utils", "full_cuda_graph_backend", "breakable_cuda_graph_backend"])

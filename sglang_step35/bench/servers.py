@@ -146,7 +146,7 @@ class ServerPool:
     def __init__(self, folder: Path, alive: int = ALIVE, start: Start = start):
         self.folder = folder
         self.alive = alive
-        self.start = start
+        self.start_process = start
         self.running: OrderedDict[tuple[str, ...], Server] = OrderedDict()
         self.failed: dict[tuple[str, ...], str] = {}
         self.started = 0
@@ -169,7 +169,7 @@ class ServerPool:
         while len(self.running) >= self.alive:
             stop(self.running.popitem(last=False)[1])
         self.started += 1
-        server = launch(args, self.folder / f"server-{self.started}.log", env, self.start)
+        server = launch(args, self.folder / f"server-{self.started}.log", env, self.start_process)
         try:
             wait_until_healthy(server)
         except BaseException as error:

@@ -26,7 +26,7 @@ def plan_draft_attention(runner, forward_batch, rows: MTPPassInput) -> None:
     """Plan attention once for all MTP layers of a pass."""
     backend = runner.attn_backend
     if hasattr(backend, "plan_rows"):
-        backend.plan_rows(forward_batch.req_pool_indices, rows.row_counts, rows.ends, forward_batch.out_cache_loc)
+        backend.plan_rows(forward_batch.req_pool_indices, rows.row_counts, rows.ends_cpu, forward_batch.out_cache_loc)
     else:
         backend.init_forward_metadata(forward_batch)
 
@@ -67,6 +67,14 @@ def verify_width(offered: list[int], num_steps: int, device: torch.device) -> in
     if host_reads_are_free(device):
         return 1 + max(offered, default=num_steps)
     return 1 + num_steps
+
+
+def pass_rows(needed: int, captured: int, device: torch.device) -> int:
+    """Rows of each request in an MTP pass behind a verify step that needs `needed`.
+
+    On CUDA not fewer than the captured graphs have: those before recompute the KV that is there.
+    """
+    return needed if host_reads_are_free(device) else max(needed, captured)
 
 
 def chain_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:

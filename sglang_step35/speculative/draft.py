@@ -6,6 +6,7 @@ weights are read once.
 """
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from sglang.srt.configs.draft_parallel import DraftParallelSpec, DraftTPExecution
@@ -112,9 +113,14 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         (layer, logits [B, V]), returns the layer's drafts [B] int64.
         Returns the number of layers that ran: fewer when the sampler stops the pass.
         """
+        if batch.forward_mode.is_target_verify():
+            batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
+        captured = self.graphs is not None and self.graphs.serves(batch.forward_mode, rows)
+        if rows.ends_cpu is None and not captured:
+            rows = replace(rows, ends_cpu=rows.ends.cpu())  # attention plans an eager pass on the host
         forward_batch = self._forward_batch(batch, rows, hidden)
         with self._draft_scope(), self._forward_scope(forward_batch):
-            if self.graphs is not None and self.graphs.serves(forward_batch.forward_mode, rows):
+            if captured:
                 layers = self.graphs.begin(forward_batch, rows, hidden)
             else:
                 layers = EagerPass(self.draft_runner, forward_batch, rows, hidden)
@@ -132,16 +138,19 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             num_tokens_per_req=max(rows.row_counts),
             num_tokens_for_logprob_per_req=1,
         )
-        if batch.forward_mode.is_target_verify():
-            batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
+        counts, ends = rows.row_counts, rows.ends_cpu
         batch.input_ids = rows.line[rows.base]
         batch.out_cache_loc = rows.slots
-        batch.extend_lens = rows.row_counts
-        batch.prefix_lens = _prefix_lens(rows)
         batch.extend_num_tokens = len(rows.positions)
-        batch.seq_lens_cpu = torch.tensor(rows.ends, dtype=torch.int64)
-        batch.seq_lens = batch.seq_lens_cpu.to(hidden.device)
-        batch.seq_lens_sum = sum(rows.ends)
+        batch.seq_lens, batch.seq_lens_cpu = rows.ends, ends
+        if ends is None:
+            batch.extend_lens = torch.full_like(rows.ends, counts[0], dtype=torch.int32)
+            batch.prefix_lens = (rows.ends - counts[0]).clamp(min=0).int()
+            batch.seq_lens_sum = None
+        else:
+            batch.extend_lens = counts
+            batch.prefix_lens = [max(0, end - n) for end, n in zip(ends.tolist(), counts, strict=True)]
+            batch.seq_lens_sum = int(ends.sum())
         return ForwardBatch.init_new(
             batch,
             self.draft_runner,
@@ -162,8 +171,3 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             ForwardContext(attn_backend=self.draft_runner.attn_backend),
             forward_batch=forward_batch,
         )
-
-
-def _prefix_lens(rows: MTPPassInput) -> list[int]:
-    """Positions before each request's first row; a window may reach before position 0."""
-    return [max(0, end - n) for end, n in zip(rows.ends, rows.row_counts, strict=True)]

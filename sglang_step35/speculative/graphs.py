@@ -2,22 +2,20 @@
 
 SGLang's multi-layer runner has a model, a KV pool and a sampler in every layer's graph. Here each layer
 of one model is a graph, and choosing drafts, which depends on what the requests ask, stays between
-the graphs. Letters: B requests, W rows per request, L token-line entries per request, S MTP layers,
-H hidden size, V vocabulary.
+the graphs. Letters: B requests, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
 from functools import partial
 from types import SimpleNamespace
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
     ForwardBatch,
     ForwardMode,
 )
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-from sglang.srt.model_executor.input_buffers import ForwardInputBuffers
 from sglang.srt.model_executor.runner import (
     DecodeCudaGraphRunner,
     ShapeKey,
@@ -28,77 +26,9 @@ from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backen
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 from torch import Tensor
 
+from sglang_step35.speculative.pass_buffers import PassBuffers
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.settings import MTPSettings
-
-
-@dataclass
-class PassBuffers(ForwardInputBuffers):
-    """What captured passes of up to B requests read; see `MTPPassInput` for the indices.
-
-    positions, out_cache_loc, base: [B W] int64. line: [B L] int64. last: [B] int64.
-    hidden_states: [B W, H], the backbone's, then every layer's output.
-    req_pool_indices, seq_lens, extend_seq_lens: [B]. seq_lens_cpu: [B] on the host.
-    """
-
-    positions: Tensor
-    out_cache_loc: Tensor
-    base: Tensor
-    line: Tensor
-    last: Tensor
-    hidden_states: Tensor
-    req_pool_indices: Tensor
-    seq_lens: Tensor
-    extend_seq_lens: Tensor
-    seq_lens_cpu: Tensor
-
-    @classmethod
-    def allocate(cls, size: int, width: int, num_layers: int, hidden_size: int, dtype, device) -> "PassBuffers":
-        """For `size` requests of `width` rows each."""
-        with torch.device(device):
-            rows = torch.zeros(size * width, dtype=torch.int64)
-            requests = torch.zeros(size, dtype=torch.int64)
-            return cls(
-                positions=rows.clone(),
-                out_cache_loc=rows.clone(),
-                base=rows.clone(),
-                line=torch.zeros(size * (width + num_layers), dtype=torch.int64),
-                last=requests.clone(),
-                hidden_states=torch.zeros(size * width, hidden_size, dtype=dtype),
-                req_pool_indices=requests.clone(),
-                seq_lens=torch.full_like(requests, width),
-                extend_seq_lens=torch.full_like(requests, width, dtype=torch.int32),
-                seq_lens_cpu=torch.full((size,), width, dtype=torch.int64, device="cpu"),
-            )
-
-    def load(self, rows: MTPPassInput, hidden: Tensor, req_pool_indices: Tensor, size: int) -> None:
-        """Fill in a pass, padded to `size` requests whose rows go to SGLang's dummy slot 0."""
-        width = rows.row_counts[0]
-        ends = torch.tensor(rows.ends, dtype=torch.int64)
-        values = {
-            "positions": rows.positions,
-            "out_cache_loc": rows.slots,
-            "base": rows.base,
-            "line": rows.line,
-            "last": rows.last,
-            "hidden_states": hidden,
-            "req_pool_indices": req_pool_indices,
-            "seq_lens": ends,
-            "seq_lens_cpu": ends,
-        }
-        count = len(rows.ends)
-        for name, value in values.items():
-            buffer = getattr(self, name)
-            per_request = len(value) // count
-            buffer[: len(value)].copy_(value)
-            padding = buffer[len(value) : size * per_request]
-            padding.fill_(width if name.startswith("seq_lens") else 0)
-
-    def first(self, size: int) -> SimpleNamespace:
-        """The views that passes of `size` requests read."""
-        total = len(self.last)
-        buffers = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SimpleNamespace(**{name: buffer[: size * (len(buffer) // total)] for name, buffer in buffers.items()})
 
 
 class MTPGraphRunner(DecodeCudaGraphRunner):
@@ -132,6 +62,7 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
             runner.dtype,
             self.device,
         )
+        self.reads_end_early = _reads_end_with_the_first_layer(self.attn_backend)
         self.backend = resolve_decode_backend(self)
         with model_capture_mode():
             self.capture()
@@ -211,22 +142,23 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
     def serves(self, mode: ForwardMode, rows: MTPPassInput) -> bool:
         """Whether a pass over these rows was captured: those behind a verify step, not a prefill's."""
         width = self.captured_req_width
-        fits = len(rows.ends) <= self.max_bs and all(count == width for count in rows.row_counts)
+        fits = len(rows.row_counts) <= self.max_bs and all(count == width for count in rows.row_counts)
         return mode.is_draft_extend_v2() and fits
 
     def begin(self, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor) -> "CapturedPass":
         """Load a pass and plan its attention."""
-        size = self._pad_to_bucket(len(rows.ends), self.capture_bs)
+        size = self._pad_to_bucket(len(rows.row_counts), self.capture_bs)
         self.buffers.load(rows, hidden, forward_batch.req_pool_indices, size)
         views = self.buffers.first(size)
+        ends = None if rows.ends_cpu is None else views.seq_lens_cpu
         batch = SimpleNamespace(
             batch_size=size,
             forward_mode=ForwardMode.DRAFT_EXTEND_V2,
             input_ids=views.base,
             req_pool_indices=views.req_pool_indices,
             seq_lens=views.seq_lens,
-            seq_lens_cpu=views.seq_lens_cpu,
-            seq_lens_sum=int(views.seq_lens_cpu.sum()),
+            seq_lens_cpu=ends,
+            seq_lens_sum=None if ends is None else int(ends.sum()),
             encoder_lens=None,
             extend_seq_lens=views.extend_seq_lens,
             out_cache_loc=views.out_cache_loc,
@@ -239,6 +171,12 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         if not self.attn_backend.draft_extend_metadata_captured_in_graph():
             self.attn_backend.init_forward_metadata_out_graph(batch)
         return CapturedPass(self, batch, rows.draft_at)
+
+    def publish_read_done(self) -> None:
+        """From here on the scheduler may write to the request pool: its barrier need not wait for the whole pass."""
+        event = self.device_module.Event()
+        event.record()
+        self.model_runner.shared_read_done_event = event
 
 
 class CapturedPass:
@@ -253,6 +191,8 @@ class CapturedPass:
         """Run a layer; [B, V], valid until the next pass."""
         with self.graphs.model_context():
             out = self.graphs.backend.replay(_key(self.batch.batch_size, layer), self.batch)
+        if layer == 0 and self.graphs.reads_end_early:
+            self.graphs.publish_read_done()
         return out[: len(self.draft_at)]
 
     def put(self, layer: int, drafts: Tensor) -> None:
@@ -270,6 +210,19 @@ def _fit_attention(backend, rows: int) -> None:
 
     if isinstance(backend, TritonAttnBackend):
         backend.num_draft_tokens = rows
+
+
+def _reads_end_with_the_first_layer(backend) -> bool:
+    """Whether no later layer reads what the scheduler writes: the slots of requests and their sliding twins.
+
+    Where planning is part of layer 0's graph (fa3), that graph copies all of them
+    (layers/attention/flashattention_backend.py: init_forward_metadata_in_graph); other backends declare it.
+    """
+    early = (SharedReadEnds.PRE_REPLAY, SharedReadEnds.IN_REPLAY)
+    return (
+        backend.draft_extend_metadata_captured_in_graph()
+        or backend.shared_read_ends(ForwardMode.DRAFT_EXTEND_V2) in early
+    )
 
 
 def _key(size: int, layer: int) -> ShapeKey:

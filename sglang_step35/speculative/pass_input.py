@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.host_copy import to_device
+
 
 @dataclass(frozen=True)
 class MTPPassInput:
@@ -22,7 +24,8 @@ class MTPPassInput:
     line: [L] int64 tokens. base: [R] int64, layer i reads line[base + i].
     draft_at: [B] int64, layer i's draft goes to line[draft_at + i].
     last: [B] int64, the row whose output predicts the draft.
-    row_counts, ends: per request rows and the position after its last row (host ints).
+    row_counts: per request rows (host ints). ends: [B] int64, the position after a request's last row; ends_cpu: the
+        same on the host, None where only the device knows.
     """
 
     positions: Tensor
@@ -32,13 +35,14 @@ class MTPPassInput:
     draft_at: Tensor
     last: Tensor
     row_counts: list[int]
-    ends: list[int]
+    ends: Tensor
+    ends_cpu: Tensor | None
 
 
 def window_rows(
     *,
     seq_lens: Tensor,
-    seq_lens_cpu: Tensor,
+    seq_lens_cpu: Tensor | None,
     accept_lens: Tensor,
     width: int,
     verify_width: int,
@@ -49,10 +53,10 @@ def window_rows(
 ) -> MTPPassInput:
     """Rows after a verify step: the `width` positions that end with the verify window.
 
-    seq_lens: [B] committed length before the step, seq_lens_cpu its host copy. accept_lens: [B] including the bonus.
-    first_known: [B] first position whose hidden state is known. tokens: [B, width + S] int64, the
-    tokens from the first row's successor on. The row count is the same for every request, so
-    that the pass can be captured in a graph.
+    seq_lens: [B] committed length before the step, seq_lens_cpu its host copy if there is one. accept_lens: [B]
+    including the bonus. first_known: [B] first position whose hidden state is known. tokens: [B, width + S] int64, the
+    tokens from the first row's successor on. The row count is the same for every request, so that the pass can be
+    captured in a graph.
     """
     batch = len(seq_lens)
     device = seq_lens.device
@@ -72,7 +76,8 @@ def window_rows(
         draft_at=row * line_width + last + 1,
         last=row * width + last,
         row_counts=[width] * batch,
-        ends=(seq_lens_cpu + verify_width).tolist(),
+        ends=seq_lens.long() + verify_width,
+        ends_cpu=None if seq_lens_cpu is None else seq_lens_cpu.long() + verify_width,
     )
 
 
@@ -105,17 +110,19 @@ def extend_rows(
         line.extend(known[: count + num_layers])
         line.extend([0] * (offset + count + num_layers - len(line)))
         draft_at.append(offset + count)
-    where = torch.tensor(positions, dtype=torch.int64, device=device)
-    owners = req_pool_indices[torch.tensor(owner, dtype=torch.int64, device=device)]
+    where, owners, known, first, draft, rows, after = to_device(
+        positions, owner, line, base, draft_at, counts, ends, device=device
+    )
     return MTPPassInput(
         positions=where,
-        slots=req_to_token[owners, where].long(),
-        line=torch.tensor(line, dtype=torch.int64, device=device),
-        base=torch.tensor(base, dtype=torch.int64, device=device),
-        draft_at=torch.tensor(draft_at, dtype=torch.int64, device=device),
-        last=torch.tensor(counts, device=device).cumsum(0) - 1,
+        slots=req_to_token[req_pool_indices[owners], where].long(),
+        line=known,
+        base=first,
+        draft_at=draft,
+        last=rows.cumsum(0) - 1,
         row_counts=counts,
-        ends=list(ends),
+        ends=after,
+        ends_cpu=torch.tensor(ends, dtype=torch.int64),
     )
 
 

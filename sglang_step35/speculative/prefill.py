@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.pass_input import MTPPassInput, extend_rows
 from sglang_step35.speculative.state import RequestStore
 
@@ -59,15 +60,12 @@ class PrefillPass:
             req_to_token=self.req_to_token,
             req_pool_indices=self.pool_indices,
         )
-        final = torch.tensor(self.final, device=rows.line.device)
-        rows.line[rows.draft_at[final] - 1] = next_token_ids.long()[final]
-        # Inside a prompt the true tokens are known: its drafts go to spare entries at the end.
-        spare = rows.line.new_zeros(self.num_layers)
-        return replace(
-            rows,
-            line=torch.cat([rows.line, spare]),
-            draft_at=torch.where(final, rows.draft_at, len(rows.line)),
-        )
+        # Inside a prompt the true tokens are known: what was sampled and drafted goes to spare entries at the end.
+        line = torch.cat([rows.line, rows.line.new_zeros(1 + self.num_layers)])
+        (final,) = to_device(self.final, device=line.device)
+        draft_at = torch.where(final.bool(), rows.draft_at, 1 + len(rows.line))
+        line[draft_at - 1] = next_token_ids.long()
+        return replace(rows, line=line, draft_at=draft_at)
 
     def hidden(self, new: Tensor) -> Tensor:
         """Hidden states [R, H] of all rows: `new` [sum of chunk lengths, H] and the rows before."""
@@ -93,9 +91,7 @@ class PrefillPass:
             picks.extend(range(offset + first - start, offset + end - start))
             owners.extend([index] * (end - first))
             offset += end - start
-        device = hidden.device
-        at, owner = torch.tensor(positions, device=device), torch.tensor(owners, device=device)
-        pick = torch.tensor(picks, device=device)
+        at, owner, pick = to_device(positions, owners, picks, device=hidden.device)
         self.rings.put(owner, at, hidden[pick])
         # Row t's first line entry is the token at t + 1.
         self.rings.put_tokens(owner, at + 1, rows.line[rows.base[pick]])

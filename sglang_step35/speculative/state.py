@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.settings import MTPSettings
 
 
@@ -85,8 +86,8 @@ class RequestRings:
         """Note a prefill up to ends[b]; firsts[b]: the first position with a known hidden state."""
         for index, rid, first, end in zip(pool_idx, rids, firsts, ends, strict=True):
             self._prefills[index] = (rid, end, first)
-        device = self.first_known.device
-        self.first_known[torch.tensor(pool_idx, device=device)] = torch.tensor(firsts, device=device)
+        index, first_known = to_device(pool_idx, firsts, device=self.first_known.device)
+        self.first_known[index] = first_known
 
     def leave_prefill(self, pool_idx: Sequence[int]) -> None:
         """These requests decode from here on, and later positions take the entries of the ones before a prefill's end.
@@ -258,7 +259,7 @@ class OutputCounts:
         """(Re)count a request at its prefill; later rounds add to it."""
         counts = torch.zeros(self.vocab_size, device=self.device)
         if req.output_ids:
-            output = torch.tensor(list(req.output_ids), device=self.device)
+            (output,) = to_device(req.output_ids, device=self.device)
             counts.index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
         self._counts[pool_idx] = (req.rid, counts)
 

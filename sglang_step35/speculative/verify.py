@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled
 from sglang_step35.speculative.device import chain_verify_input
+from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.penalties import PenaltyRule, penalise
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
@@ -121,7 +122,7 @@ class TargetVerifier:
         rows = torch.arange(len(logits), device=logits.device)
         generated = seq_len - len(req.origin_input_ids) + 1 + rows
         early = generated < req.sampling_params.min_new_tokens
-        stops = _stop_tokens(req)
+        (stops,) = to_device(_stop_tokens(req), device=logits.device)
         logits[:, stops] = logits[:, stops].masked_fill(early[:, None], float("-inf"))
 
 

@@ -15,7 +15,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.speculative.depth import DepthPlanner
-from sglang_step35.speculative.device import host_reads_are_free, verify_width
+from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.metrics import DraftCounters
@@ -140,7 +140,9 @@ class Step35SpecWorker(BaseSpecWorker):
         outcome.result.next_draft_input = sampler.draft_input(bonus)
         return outcome.result
 
-    def _draft(self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor, outcome) -> DraftSampler:
+    def _draft(
+        self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome
+    ) -> DraftSampler:
         """Bring the MTP layers up to the committed length and draft the next chain."""
         steps, width = self.settings.num_steps, outcome.tokens.shape[1]
         depth = self.depths.next_depth(len(pool_idx))
@@ -151,7 +153,8 @@ class Step35SpecWorker(BaseSpecWorker):
         sampler = self._sampler(batch, outcome.result.new_seq_lens, may_stop)
         ran = 0
         if depth:
-            num_rows = self.store.lag.rows_needed(pool_idx, width, depth)
+            needed = self.store.lag.rows_needed(pool_idx, width, depth)
+            num_rows = pass_rows(needed, self.settings.pass_rows, seq_lens.device)
             rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
             ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
         self.store.lag.note(pool_idx, width, ran)
@@ -159,7 +162,7 @@ class Step35SpecWorker(BaseSpecWorker):
         return sampler
 
     def _window(
-        self, pool_indices: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor, outcome, num_rows: int
+        self, pool_indices: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome, num_rows: int
     ) -> tuple[MTPPassInput, Tensor]:
         """Rows of the MTP pass that ends with the verify window, and their hidden states."""
         width = outcome.tokens.shape[1]
@@ -234,5 +237,7 @@ class Step35SpecWorker(BaseSpecWorker):
         )
 
 
-def _host_lens(batch) -> Tensor:
-    return batch.seq_lens.cpu() if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+def _host_lens(batch) -> Tensor | None:
+    """None where the host does not know them: SGLang asks the attention backends whether they need them."""
+    known = batch.seq_lens_cpu is not None or not host_reads_are_free(batch.seq_lens.device)
+    return batch.seq_lens_cpu if known else batch.seq_lens

@@ -65,6 +65,10 @@ ROWS = (
         ),
     ),
     *module(
+        "sglang.srt.layers.attention.base_attn_backend",
+        has("SharedReadEnds", "PRE_REPLAY IN_REPLAY"),
+    ),
+    *module(
         "sglang.srt.layers.attention",
         reads("flashattention_backend", "extend_seq_lens_tensor"),
     ),

@@ -43,6 +43,7 @@ ROWS = (
         takes("draft_pp_context", ""),
         takes("draft_tp_context", "layout"),
     ),
+    *module("sglang.srt.utils", takes("async_h2d", "args dtype device")),
     *module(
         "sglang.srt.layers.logprob_processor",
         takes("compute_spec_logprobs", "batch logits_output predict accept_index chain_stride"),

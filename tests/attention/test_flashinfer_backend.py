@@ -15,6 +15,8 @@ from sglang_step35.attention.flashinfer import backend as flashinfer
 from sglang_step35.attention.flashinfer.plan import LayerKind, QueryRows, layer_kinds
 from tests.support.flashinfer_host import EARLIER, FULL_HEADS, KV_HEADS, WINDOW_HEADS, Host, fake_runtime, stock
 from tests.support.flashinfer_wrappers import Wrapper
+from tests.support.registered import flashinfer_maker
+from tests.support.warm import call
 
 EXTEND, DECODE = ForwardMode.EXTEND, ForwardMode.DECODE
 VERIFY, DRAFT = ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND_V2
@@ -211,16 +213,7 @@ def test_registered_for_our_models_only(monkeypatch):
 
 def test_registered_in_every_process():
     """SGLang's processes call load_plugins; nothing else is needed."""
-    import subprocess
-    import sys
-
-    code = (
-        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
-        "from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS\n"
-        "print('made by', ATTENTION_BACKENDS['flashinfer'].__module__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "made by sglang_step35.hook_functions" in done.stdout
+    assert call(flashinfer_maker) == "sglang_step35.hook_functions"
 
 
 @pytest.fixture(params=[False, True], ids=["target", "draft"])

@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, STOP_SECONDS, Serve
 from sglang_step35.platform import process_start
 from sglang_step35.platform.portable import PortablePlatform
 from sglang_step35.platform.process_start import collection_paused, launch_by_fork, why_spawn
+from tests.support.thread_counts import count_threads
 
 ARGUMENTS = SimpleNamespace(numa_node=None, enable_memory_saver=False)
 PATIENCE = 30  # seconds
@@ -80,25 +80,6 @@ def test_never_where_sglang_wraps_the_spawned_program(portable, changed):
 def test_never_with_threads(portable):
     portable.setattr(process_start, "_thread_count", lambda: 2)
     assert "threads" in why_spawn(ARGUMENTS)
-
-
-def count_threads(result) -> None:
-    """In a process of its own, of one thread: how many are counted before and beside another one."""
-    counts = [process_start._thread_count()]
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
-    thread.start()
-    counts.append(process_start._thread_count())
-    stop.set()
-    thread.join()
-    import numpy
-
-    numpy.ones((500, 500)) @ numpy.ones((500, 500))  # wakes OpenBLAS's pool
-    counts.append(process_start._thread_count())
-    torch.set_num_threads(2)
-    torch.ones(1000, 1000).add(1).sum()  # wakes OpenMP's pool
-    counts.append(process_start._thread_count())
-    result.send(counts)
 
 
 def test_counts_threads_that_a_fork_would_lose():

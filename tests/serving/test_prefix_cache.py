@@ -27,7 +27,7 @@ def test_without_a_cache_the_output_is_the_references(rounds):
             assert found.cached == 0
 
 
-@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("page", [1, 16], scope="module")
 def test_random_trees_in_a_small_cache(serve, rounds, page):
     report = replay(serve(*SMALL_ARGS, "--page-size", str(page)), rounds)
     assert not report.problems, "\n".join(report.problems[:3])
@@ -36,7 +36,7 @@ def test_random_trees_in_a_small_cache(serve, rounds, page):
     assert report.evicted_tokens >= 2048  # the whole pool at least once
 
 
-@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("page", [1, 16], scope="module")
 def test_a_turn_recomputes_only_what_is_new(serve, page):
     """Every turn is the last prompt, its answer and new tokens.
 

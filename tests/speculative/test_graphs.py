@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
+from sglang_step35.speculative.graphs import _reads_end_with_the_first_layer
 from sglang_step35.speculative.pass_input import window_rows
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -75,6 +77,9 @@ class PoolAttention:
 
     def draft_extend_metadata_captured_in_graph(self):
         return False
+
+    def shared_read_ends(self, mode):
+        return SharedReadEnds.UNKNOWN
 
 
 class TritonRows(TritonAttnBackend):
@@ -223,9 +228,43 @@ def test_attention_is_planned_once_for_all_layers(mtp, graphs, requests_table):
     assert graphs.attn_backend.plans[4:] == [("replay", 4)]
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_the_scheduler_waits_for_the_first_layer_only(mtp, graphs, requests_table, monkeypatch, early):
+    replayed, recorded = [], []
+    replay = graphs.backend.replay
+    monkeypatch.setattr(graphs.backend, "replay", lambda key, batch: replayed.append(key) or replay(key, batch))
+    event = SimpleNamespace(record=lambda: recorded.append(len(replayed)))
+    monkeypatch.setattr(graphs, "device_module", SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr(graphs, "reads_end_early", early)
+    graphs.model_runner.shared_read_done_event = None
+    rows, hidden, batch = random_pass(mtp, requests_table, 5)
+    with forward_context(ForwardContext(attn_backend=graphs.attn_backend), forward_batch=batch):
+        drafted(graphs.begin(batch, rows, hidden))
+    assert len(replayed) == STEPS
+    assert recorded == ([1] if early else [])
+    assert graphs.model_runner.shared_read_done_event is (event if early else None)
+
+
+@pytest.mark.parametrize(
+    "in_graph, declared, early",
+    [
+        (True, SharedReadEnds.UNKNOWN, True),
+        (False, SharedReadEnds.PRE_REPLAY, True),
+        (False, SharedReadEnds.IN_REPLAY, True),
+        (False, SharedReadEnds.POST_REPLAY, False),
+        (False, SharedReadEnds.UNKNOWN, False),
+    ],
+)
+def test_where_attention_reads_the_scheduler_s_tables(in_graph, declared, early):
+    backend = SimpleNamespace(
+        draft_extend_metadata_captured_in_graph=lambda: in_graph, shared_read_ends=lambda mode: declared
+    )
+    assert _reads_end_with_the_first_layer(backend) is early
+
+
 @pytest.mark.parametrize("counts, served", [([6] * 4, True), ([6] * 5, False), ([6, 8], False)])
 def test_other_widths_and_sizes_are_left_to_the_eager_pass(graphs, counts, served):
-    rows = SimpleNamespace(ends=counts, row_counts=counts)
+    rows = SimpleNamespace(row_counts=counts)
     assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows) == served
     assert not graphs.serves(ForwardMode.EXTEND, rows)
 

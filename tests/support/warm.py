@@ -1,13 +1,16 @@
 """Ranks and servers forked from one process that has imported SGLang: each import takes longer than most tests.
 
 multiprocessing's fork server is a new process of one thread, so nothing of the test process gets into its children.
+It passes over what it cannot import, as where the working directory is another: then every child imports by itself.
 """
 
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,12 +18,20 @@ import torch.multiprocessing
 
 from sglang_step35.bench import servers
 
-IMPORTED = (
-    "sglang.cli.serve", "sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler",
-    "sglang.srt.managers.detokenizer_manager",
-)  # fmt: skip
+PRELOADED = "tests.support.preloaded"
 _fork_server = multiprocessing.get_context("forkserver")
-_fork_server.set_forkserver_preload(list(IMPORTED))
+_fork_server.set_forkserver_preload([PRELOADED])
+
+
+def call(function: Callable):
+    """What the function returns in a process that has imported SGLang, loaded its plug-ins and done nothing else."""
+    with ProcessPoolExecutor(1, _fork_server) as pool:
+        return pool.submit(_call, function).result()
+
+
+def _call(function: Callable):
+    importlib.import_module(PRELOADED)
+    return function()
 
 
 def run_ranks(main: Callable, *args) -> None:
@@ -29,7 +40,7 @@ def run_ranks(main: Callable, *args) -> None:
 
 
 def _rank(rank: int, main: Callable, args: tuple) -> None:
-    _require_imports()
+    importlib.import_module(PRELOADED)
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")  # else SGLang's embedding compiles three lines, for 10 to 25 s
     main(rank, *args)
@@ -75,18 +86,10 @@ def _serve(command: list[str], env: dict[str, str], log: Path) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
-    _require_imports()
-    os.environ.clear()
-    os.environ.update(env)
+    importlib.import_module(PRELOADED)
+    os.environ.update(env)  # what the plug-ins set while they were loaded stays
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP read the fork server's environment
     sys.argv = command
     from sglang.cli.main import main
 
     sys.exit(main())
-
-
-def _require_imports() -> None:
-    """The fork server passes over what it cannot import."""
-    missing = set(IMPORTED) - set(sys.modules)
-    if missing:
-        raise ImportError(f"the fork server did not import {', '.join(sorted(missing))}")

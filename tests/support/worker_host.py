@@ -115,6 +115,7 @@ def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: boo
     monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
     if full_width:
         monkeypatch.setattr(worker, "verify_width", lambda offered, num_steps, device: 1 + num_steps)
+        monkeypatch.setattr(worker, "pass_rows", lambda needed, captured, device: max(needed, captured))
     pool = Pool()
     args = SimpleNamespace(enable_metrics=False, served_model_name="toy")
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(pool, 3))

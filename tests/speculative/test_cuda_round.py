@@ -1,0 +1,80 @@
+"""What a prefill and a round wait for on CUDA, counted without CUDA."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_step35.speculative import verify
+from tests.support import cuda_host
+from tests.support.fake_cuda import fake_cuda
+
+SIZES = [1, 7, 48]
+
+
+@pytest.fixture
+def cuda():
+    with fake_cuda() as waits:
+        yield waits
+
+
+def waits_of_a_round(cuda, monkeypatch, size: int, options=None, filters=None, changes=None, **kind) -> list[str]:
+    """Of the second round, when everything that is allocated once is there; options: of the requests."""
+    worker = cuda_host.make_worker(monkeypatch, **kind)
+    requests = cuda_host.make_requests(size, **(options or {}))
+    fields = lambda: {"sampling_info": cuda_host.sampling_info(requests, **(filters or {})), **(changes or {})}
+    relay = cuda_host.prefill(worker, requests, **fields()).next_draft_input
+    relay = cuda_host.round_of(worker, requests, relay, **fields()).next_draft_input
+    cuda.found.clear()
+    cuda_host.round_of(worker, requests, relay, **fields())
+    return list(cuda.found)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_greedy_round_waits_for_nothing(cuda, monkeypatch, size):
+    assert waits_of_a_round(cuda, monkeypatch, size) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sampled_round_waits_for_nothing(cuda, monkeypatch, size):
+    assert waits_of_a_round(cuda, monkeypatch, size, {"temperature": 0.8}) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_penalties_wait_for_nothing(cuda, monkeypatch, size):
+    assert waits_of_a_round(cuda, monkeypatch, size, {"penalty": (0.5, 0.2, 1.1), "min_new_tokens": 9}) == []
+
+
+def test_a_grammar_waits_only_for_the_drafts_it_masks(cuda, monkeypatch):
+    """SGLang copies the chain to the host beside the target's forward and waits for that copy alone."""
+    asked = []
+    monkeypatch.setattr(verify, "GrammarTree", SimpleNamespace(from_linear_chain=lambda ids: asked.append(ids.shape)))
+    monkeypatch.setattr(verify, "build_grammar_vocab_mask", lambda **_: None)
+    assert waits_of_a_round(cuda, monkeypatch, 7, changes={"has_grammar": True}) == []
+    assert asked == [(7, 4)] * 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_filters_wait_for_nothing(cuda, monkeypatch, size):
+    for name in ("top_k_renorm_probs", "top_p_renorm_probs"):
+        monkeypatch.setattr(f"flashinfer.sampling.{name}", lambda probs, bound: torch.empty_like(probs))
+    filters = {f"need_{name}_sampling": True for name in ("top_k", "top_p", "min_p")}
+    assert waits_of_a_round(cuda, monkeypatch, size, {"temperature": 0.8}, filters=filters) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_plan_on_the_host_takes_the_lengths_the_scheduler_sends(cuda, monkeypatch, size):
+    assert waits_of_a_round(cuda, monkeypatch, size, plans_on_host=True) == []
+
+
+def test_a_pass_without_graph_reads_the_lengths_once(cuda, monkeypatch):
+    """Attention plans it on the host."""
+    (wait,) = waits_of_a_round(cuda, monkeypatch, 7, captured=False)
+    assert wait.startswith("read by a copy to the host at speculative/draft.py")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_prefill_waits_for_nothing(cuda, monkeypatch, size):
+    worker = cuda_host.make_worker(monkeypatch)
+    cuda_host.prefill(worker, cuda_host.make_requests(size))
+    assert cuda.found == []
