@@ -1,5 +1,6 @@
 """SGLang platform for `--device cpu` with plain torch: no CUDA, Triton, AMX or sgl-kernel."""
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -27,9 +28,9 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
     def get_dispatch_key_name(self) -> str:
         return "native"
 
-    def get_compile_backend(self, mode: str | None = None) -> str:
-        # Compiling a vocabulary's mask for inductor takes 10 s of a start and a C++ compiler.
-        return "eager"
+    def init_backend(self) -> None:
+        # SGLang compiles three lines of a divided embedding: 10 s of the first request, and a C++ compiler.
+        torch.compiler.set_stance("force_eager")
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

@@ -119,7 +119,7 @@ ROWS = (
         plain("PlatformCapabilities", "built with its defaults: no capability"),
         has("SRTPlatform", "supported_quantization capabilities"),
         takes("SRTPlatform.get_dispatch_key_name", "self"),
-        takes("SRTPlatform.get_compile_backend", "self mode"),
+        takes("SRTPlatform.init_backend", "self"),
         takes("SRTPlatform.get_default_attention_backend", "self"),
         takes("SRTPlatform.get_kv_pool_cls", "self kind"),
         takes("SRTPlatform.apply_server_args_defaults", "self server_args"),

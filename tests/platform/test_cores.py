@@ -8,6 +8,7 @@ import torch
 
 from sglang_step35.platform import cores
 from sglang_step35.platform.portable import PortablePlatform
+from tests.support import warm
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,23 @@ def test_memory(nodes, ranks, expected, monkeypatch):
     monkeypatch.setattr(cores, "get_cpu_ids_by_node", lambda: ["0"] * nodes)
     monkeypatch.setattr(cores, "ranks_here", lambda: ranks)
     assert cores.part_of_memory(120, None, 0) == expected
+
+
+def compiles() -> bool:
+    def backend(graph, inputs):
+        raise AssertionError
+
+    import sglang.srt.model_executor.model_runner  # noqa: F401
+
+    try:
+        return torch.compile(torch.square, backend=backend)(torch.ones(1)).item() != 1
+    except Exception:
+        return True
+
+
+def test_no_rank_compiles():
+    """Every process that runs a model on this platform, from its import of SGLang's ModelRunner on."""
+    assert not warm.call(compiles)
 
 
 def test_attention_divided_by_data_is_refused():

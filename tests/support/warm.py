@@ -42,7 +42,6 @@ def run_ranks(main: Callable, *args) -> None:
 def _rank(rank: int, main: Callable, args: tuple) -> None:
     importlib.import_module(PRELOADED)
     torch.set_num_threads(1)
-    torch.compiler.set_stance("force_eager")  # else SGLang's embedding compiles three lines, for 10 to 25 s
     main(rank, *args)
 
 
