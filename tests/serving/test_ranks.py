@@ -8,12 +8,14 @@ import json
 import re
 
 import pytest
+import torch
 
+from sglang_step35.assets import NANO as NANO_FOLDER
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, free_port, launch, stop, wait_until_healthy
 from tests.support import warm
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.nano_model import generate_all, greedy, histogram, prompts, reference
-from tests.support.reference import load_reference
+from tests.support.reference import Reference, load_reference
 
 pytestmark = pytest.mark.server
 NANO = (*NANO_ARGS, "--dtype", "float32", "--chunked-prefill-size", "64")
@@ -22,13 +24,13 @@ ALONE = (*NANO, *MTP_ARGS)
 FOUR = CheckpointShape(heads=8, sliding_heads=4, window=48, shared_size=34, embedding_copies=True, echo=1.5)
 
 
-def assert_the_references(server, requests, count=32):
+def assert_the_references(server, reference, requests, count=32):
     """Tokens and accepted drafts of an offline loop that recomputes everything, and again from the prefix cache."""
     for _ in range(2):
         answers = generate_all(server, requests, count, at_once=4)
         for ids, answer in zip(requests, answers, strict=True):
-            tokens, accepted = reference().speculative_greedy(ids, count, 3)
-            assert answer["output_ids"] == tokens[:count] == greedy(tuple(ids), count)
+            tokens, accepted = reference.speculative_greedy(ids, count, 3)
+            assert answer["output_ids"] == tokens[:count] == reference.greedy(ids, count)
             assert histogram(answer) == [accepted.count(i) for i in range(4)]
     assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 100
 
@@ -40,7 +42,7 @@ def two_ranks(serve):
 
 def test_two_tensor_parallel_ranks(two_ranks):
     """Prompts shorter and longer than the window of 64 and a chunk of 64."""
-    assert_the_references(two_ranks, [*prompts()[:4], [300], [77] * 150])
+    assert_the_references(two_ranks, reference(), [*prompts()[:4], [300], [77] * 150])
     assert re.search(r"TP1\] rank 1 of the 2 on this host: cores \d", two_ranks.log.read_text())
 
 
@@ -76,7 +78,7 @@ def test_four_ranks_with_adaptive_depth(serve, tmp_path_factory):
 
 
 def test_two_pipeline_ranks(serve):
-    server = serve(*NANO, "--pp-size", "2")
+    server = serve(*NANO, "--pp-size", "2", "--max-running-requests", "8")
     wanted = [*prompts()[:3], [77] * 90]
     answers = generate_all(server, wanted, 24, at_once=4)
     assert [answer["output_ids"] for answer in answers] == [greedy(tuple(ids), 24) for ids in wanted]
@@ -90,16 +92,23 @@ def test_two_replicas(serve):
     assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
 
 
-def test_two_nodes(tmp_path):
-    """Two servers' worth of processes that meet at an address; the second node has no API of its own."""
-    nodes = ("--nnodes", "2", "--tp-size", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+def test_two_nodes_with_a_packed_file(tmp_path):
+    """Two servers' worth of processes that meet at an address; the second node has no API of its own.
+
+    Attention and dense layers divided between the blocks of 32, experts of 32 columns by number.
+    """
+    file = tmp_path / "nano.gguf"
+    weights = {name: torch.from_numpy(weight.copy()) for name, weight in write_gguf(NANO_FOLDER, file).items()}
+    address = f"127.0.0.1:{free_port()}"
+    nodes = ("--tp-size", "2", "--ep-size", "2", "--nnodes", "2", "--dist-init-addr", address)
     started = []
     try:
-        for rank in (1, 0):
-            log = tmp_path / f"{rank}.log"
-            started.append(launch((*ALONE, *nodes, "--node-rank", str(rank)), log, {}, warm.start_server))
+        for rank in ("1", "0"):
+            args = (*ALONE, "--model-path", str(file), *nodes, "--node-rank", rank)
+            started.append(launch(args, tmp_path / f"{rank}.log", {}, warm.start_server))
         wait_until_healthy(started[1])
-        assert_the_references(started[1], prompts()[:4])
+        target = Reference(json.loads((NANO_FOLDER / "config.json").read_text()), weights)
+        assert_the_references(started[1], target, prompts()[:4])
     finally:
         for server in reversed(started):
             stop(server)
