@@ -14,6 +14,7 @@ from sglang_step35.assets import NANO as NANO_FOLDER
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, free_port, launch, stop, wait_until_healthy
 from tests.support import warm
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
+from tests.support.gguf_files import write_gguf
 from tests.support.nano_model import generate_all, greedy, histogram, prompts, reference
 from tests.support.reference import Reference, load_reference
 
