@@ -21,7 +21,7 @@ from tests.support.reference import Reference, load_reference
 pytestmark = pytest.mark.server
 NANO = (*NANO_ARGS, "--dtype", "float32", "--chunked-prefill-size", "64")
 ALONE = (*NANO, *MTP_ARGS)
-# Four query heads and half a key/value head for each of four ranks; the shared expert stays whole.
+# Each of two key/value heads is copied to two of the four ranks; the shared expert of 34 stays whole.
 FOUR = CheckpointShape(heads=8, sliding_heads=4, window=48, shared_size=34, embedding_copies=True, echo=1.5)
 
 
