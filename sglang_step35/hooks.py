@@ -9,13 +9,14 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_step35 import hook_functions, names
+from sglang_step35 import hook_functions
 
 _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
+_KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _GGUF = "sglang.srt.utils.hf_transformers.gguf_native"
 _OLLAMA = "sglang.srt.entrypoints.ollama"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
@@ -51,8 +52,6 @@ def install() -> None:
         applied = pkgutil.resolve_name(hook.target)
         if applied is not hook.function and not hasattr(applied, "__wrapped__"):
             raise RuntimeError(f"SGLang did not apply the hook on {hook.target}")
-    _register_tree_core()
-    _register_attention_backends()
 
 
 def all_hooks() -> list[Hook]:
@@ -61,30 +60,6 @@ def all_hooks() -> list[Hook]:
 
     by_platform = _portable_hooks() if current_platform.is_out_of_tree() else _cuda_hooks()
     return [*_model_hooks(), *_gguf_hooks(), *_cache_hooks(), *_http_hooks(), *by_platform]
-
-
-def _register_tree_core() -> None:
-    from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
-        get_tree_core_factory,
-        register_tree_core_backend,
-    )
-
-    from sglang_step35.speculative.prefix_key import LookaheadTreeCore
-
-    if get_tree_core_factory(names.TREE_CORE) is None:
-        register_tree_core_backend(names.TREE_CORE, LookaheadTreeCore)
-
-
-def _register_attention_backends() -> None:
-    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
-
-    from sglang_step35.attention.portable.backend import create_backend
-
-    if names.ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
-        add_attention_backend_choices([names.ATTENTION_BACKEND])
-        register_attention_backend(names.ATTENTION_BACKEND)(create_backend)
-    register_attention_backend("flashinfer")(hook_functions.create_flashinfer_backend)
 
 
 def _model_hooks() -> list[Hook]:
@@ -248,6 +223,7 @@ def _portable_hooks() -> list[Hook]:
     """Kernels and choices without a platform method, on CPUs."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
+    from sglang_step35.platform.cores import bind_rank, part_of_memory
     from sglang_step35.platform.process_start import launch_by_fork
     from sglang_step35.platform.seeds import hash32, keep_seeds
     from sglang_step35.platform.slots import assign_req_to_token
@@ -272,6 +248,20 @@ def _portable_hooks() -> list[Hook]:
             keep_widths,
             why="on CPUs SGLang pads widths and heads behind our back, and the checkpoint no longer fits config.json",
             until="SGLang asks the platform before it pads",
+        ),
+        Hook(
+            "sglang.srt.utils.numa_utils.init_threads_binding",
+            "around",
+            bind_rank,
+            why="more ranks than NUMA nodes die at start, and without AMX kernels no rank is bound to any core",
+            until="SGLang divides the cores over the ranks by itself",
+        ),
+        Hook(
+            f"{_KV_CONFIGURATOR}._profile_available_bytes",
+            "after",
+            part_of_memory,
+            why="every rank takes the free memory of a whole NUMA node for its KV pool",
+            until="SGLang divides it over the node's ranks",
         ),
         *(
             Hook(

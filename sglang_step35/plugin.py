@@ -7,7 +7,7 @@ its own Step3p5ForCausalLM. A failure here therefore raises SystemExit, which is
 import os
 import sys
 
-from sglang_step35.names import MODEL_PACKAGE, PLATFORM, PLATFORM_CLASS
+from sglang_step35.names import ATTENTION_BACKEND, MODEL_PACKAGE, PLATFORM, PLATFORM_CLASS, TREE_CORE
 
 _registered = False
 
@@ -60,6 +60,8 @@ def _register() -> None:
     _register_models()
     register_parsers()
     hooks.install()
+    _register_tree_core()
+    _register_attention_backends()
     _register_quantizations()
 
 
@@ -97,3 +99,28 @@ def _register_quantizations() -> None:
         for name in QUANTIZATIONS:
             if name not in QUANTIZATION_METHODS:
                 QUANTIZATION_METHODS[name] = PackedConfig
+
+
+def _register_tree_core() -> None:
+    from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
+        get_tree_core_factory,
+        register_tree_core_backend,
+    )
+
+    from sglang_step35.speculative.prefix_key import LookaheadTreeCore
+
+    if get_tree_core_factory(TREE_CORE) is None:
+        register_tree_core_backend(TREE_CORE, LookaheadTreeCore)
+
+
+def _register_attention_backends() -> None:
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    from sglang_step35.attention.portable.backend import create_backend
+    from sglang_step35.hook_functions import create_flashinfer_backend
+
+    if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([ATTENTION_BACKEND])
+        register_attention_backend(ATTENTION_BACKEND)(create_backend)
+    register_attention_backend("flashinfer")(create_flashinfer_backend)

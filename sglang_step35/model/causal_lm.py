@@ -21,7 +21,7 @@ from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.vocab import PACKED_MODULES, TEXT_NAMES, embedding, name_parts, output_head
 from sglang_step35.model.weights import load_backbone, refresh
-from sglang_step35.model.widths import check_ranks
+from sglang_step35.model.widths import check_expert_ranks, check_ranks
 
 
 class Step3p5Model(nn.Module):
@@ -170,7 +170,9 @@ class Step3p5ForCausalLM(nn.Module):
         experts = {layer.moe.num_experts for layer in spec.layers if layer.moe}
         if not experts:
             return None
-        return ModelConfigForExpertLocation(num_layers=spec.num_layers, num_logical_experts=experts.pop())
+        (count,) = experts
+        check_expert_ranks(count)
+        return ModelConfigForExpertLocation(num_layers=spec.num_layers, num_logical_experts=count)
 
 
 def final_states(hidden, forward_batch: ForwardBatch, norm: nn.Module) -> tuple[Tensor, Tensor | None]:

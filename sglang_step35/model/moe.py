@@ -22,6 +22,8 @@ from sglang_step35.config import LayerSpec, MoESpec
 from sglang_step35.model import int4
 from sglang_step35.model.experts import PlainExperts, runs_plain_torch
 from sglang_step35.model.mlp import MLP
+from sglang_step35.model.vocab import keeps_packed
+from sglang_step35.packed.ggml import WIDEST_BLOCK
 from sglang_step35.packed.sglang_gguf import ClampedExperts
 
 
@@ -94,6 +96,7 @@ class MoE(nn.Module):
         spec = layer.moe
         moe_prefix = add_prefix("moe", prefix)
         self.router = Router(spec, layer.index, hidden_size)
+        _check_blocks(spec, layer.index, quant_config)
         self.experts = _experts(spec, layer.index, hidden_size, quant_config, moe_prefix)
         self.router.topk.bind_runner_backend(
             self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
@@ -169,17 +172,30 @@ def _check_runner(spec: MoESpec, layer_id: int, backend, topk: TopK, clamps: boo
         )
 
 
+def _check_blocks(spec: MoESpec, layer_id: int, quant_config) -> None:
+    """Refuse ranks that would cut an FP8 block; SGLang's own error names no remedy. Raises ValueError."""
+    block = getattr(quant_config, "weight_block_size", None)
+    ranks = get_parallel().moe_tp_size
+    if block and ranks > 1:
+        _check_cut(layer_id, spec.expert_size // ranks, ranks, max(block))
+
+
 def _check_groups(layer_id: int, experts: nn.Module) -> None:
     """Refuse ranks that would cut a quantisation group; raises ValueError.
 
     SGLang's compressed-tensors experts then hold too few scales, each of the wrong columns.
     """
-    group, width = getattr(experts.scheme, "group_size", None) or -1, experts.intermediate_size_per_partition
-    if group > 0 and width % group:
+    group = getattr(experts.scheme, "group_size", None) or -1
+    if group > 0:
+        _check_cut(layer_id, experts.intermediate_size_per_partition, experts.moe_tp_size, group)
+
+
+def _check_cut(layer_id: int, width: int, ranks: int, group: int) -> None:
+    if width % group:
         raise ValueError(
-            f"layer {layer_id}: {experts.moe_tp_size} tensor-parallel ranks hold {width} columns of each expert, no "
-            f"multiple of the checkpoint's quantisation groups of {group}: start with --ep-size = --tp-size, which "
-            f"keeps experts whole"
+            f"layer {layer_id}: {ranks} tensor-parallel ranks hold {width} columns of each expert "
+            f"(moe_intermediate_size), no multiple of the checkpoint's quantisation groups of {group}: start with "
+            f"--ep-size = --tp-size, which keeps experts whole"
         )
 
 
@@ -192,9 +208,11 @@ def _routed_output_is_complete() -> bool:
 def _cannot_shard(size: int, quant_config, prefix: str) -> bool:
     """Whether the shared expert's width does not divide by the ranks, or not into what its kernels take at once.
 
-    1280 wide in blocks of 128 does not split over 4 ranks or more.
+    1280 wide in blocks of 128 does not split over 4 ranks or more, in GGML's blocks of 256 not over two.
     """
     block = getattr(quant_config, "weight_block_size", None)
+    if keeps_packed(quant_config):
+        block = (WIDEST_BLOCK,)
     if block is None and quant_config is not None and quant_config.get_name() in (*int4.NAMES, "compressed_tensors"):
         block = (int4.MARLIN_COLUMNS,)
     ranks = get_parallel().tp_size

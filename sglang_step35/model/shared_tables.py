@@ -137,7 +137,7 @@ def _equal(table: VocabParallelEmbedding, copy: Tensor | PackedTensor) -> bool:
     """
     packed = getattr(table, "qweight", None)
     if packed is not None:
-        return isinstance(packed, PackedParameter) and packed.rows()[0].equals(as_packed(copy))
+        return isinstance(packed, PackedParameter) and packed.rows()[0].equals(packed.cut(None, as_packed(copy)))
     start = table.shard_indices.org_vocab_start_index
     rows = table.shard_indices.org_vocab_end_index - start
     weight, copy = table.weight.data, copy[start : start + rows]

@@ -216,7 +216,13 @@ class Loader:
         """A layer that keeps the rows packed: ours takes them as they are, SGLang's the type before the bytes."""
         parameter = self.parameters[target + PACKED]
         if isinstance(parameter, PackedParameter):
-            parameter.fill(entry.shard, tensor, parts.expert)
+            try:
+                parameter.fill(entry.shard, tensor, parts.expert)
+            except ValueError as error:
+                raise WeightError(
+                    f"{self.files.describe(name)} does not divide by the ranks: {error}. Use "
+                    f"{'--ep-size = --tp-size, which keeps experts whole' if entry.routed else 'fewer ranks'}"
+                ) from error
             return
         kind, weight = as_sglang_takes_it(tensor, torch.get_default_dtype())
         self._fill(name, kind, parts, entry, target + PACKED_TYPE)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_exec, get_parallel
 
 from sglang_step35.config import ModelSpec
 from sglang_step35.config_fields import ConfigError
@@ -23,6 +23,16 @@ def check_ranks(spec: ModelSpec) -> None:
                 f"{'' if count == ranks.tp_size else f', here {count} ranks'}; "
                 f"use --tp-size {', '.join(map(str, usable))}"
             )
+
+
+def check_expert_ranks(experts: int) -> None:
+    """Refuse --ep-size that does not divide the experts, before SGLang asserts so. Raises ConfigError."""
+    ranks, copies = get_parallel().ep_size, get_exec().moe.ep_num_redundant_experts
+    if (experts + copies) % ranks:
+        raise ConfigError(
+            f"config field moe_num_experts is {experts}"
+            f"{f', with --ep-num-redundant-experts {copies}' if copies else ''}: does not divide by --ep-size {ranks}"
+        )
 
 
 def _parts(spec: ModelSpec, attention: int, dense: int, experts: int) -> Iterator[tuple[str, int, int]]:

@@ -39,6 +39,7 @@ TYPES = {
         GGMLType("Q6_K", 14, 256, 210, unpack.q6_k),
     )
 }
+WIDEST_BLOCK = max(kind.block for kind in TYPES.values())  # weights
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

@@ -4,7 +4,10 @@ Parameters are named as SGLang names those of its own GGUF methods: `qweight`, `
 Letters: T tokens, H hidden size.
 """
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from sglang.srt.layers.linear import LinearBase, QKVParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
@@ -15,13 +18,14 @@ from sglang.srt.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_exec
 from torch import Tensor, nn
 
 from sglang_step35.checkpoint.quantization import Quantization
 from sglang_step35.names import PACKED_METHOD
-from sglang_step35.packed import kernel
+from sglang_step35.packed import kernel, ranks
 from sglang_step35.packed.parameter import PackedParameter
+from sglang_step35.packed.tensor import PackedTensor
 
 
 class PackedConfig(QuantizationConfig):
@@ -59,8 +63,6 @@ class PackedConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if get_parallel().tp_size > 1:
-            raise ValueError("packed weights are not split over ranks on this platform: start with --tp-size 1")
         if isinstance(layer, LinearBase):
             return PackedLinear()
         if isinstance(layer, VocabParallelEmbedding):
@@ -81,7 +83,13 @@ class PackedLinear(LinearMethodBase):
         params_dtype: torch.dtype,
         **_attributes,
     ) -> None:
-        layer.register_parameter("qweight", PackedParameter.of(*_parts(layer, len(output_partition_sizes))))
+        parts = _parts(layer, len(output_partition_sizes))
+        rows = dict(zip(parts, output_partition_sizes, strict=True))
+
+        def cut(part, tensor: PackedTensor) -> PackedTensor:
+            return ranks.of_linear(layer, part, tensor, rows[part], input_size_per_partition)
+
+        layer.register_parameter("qweight", PackedParameter.of(*parts, cut=cut))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, columns] -> [T, rows]."""
@@ -92,9 +100,14 @@ class PackedLinear(LinearMethodBase):
 class PackedTable(PackedLinear):
     """The embedding and the head [V, H]; `apply` gives the head's logits."""
 
-    def create_weights(self, layer: nn.Module, *sizes, params_dtype: torch.dtype, **attributes) -> None:
-        super().create_weights(layer, *sizes, params_dtype=params_dtype, **attributes)
+    def create_weights(self, layer: nn.Module, *_sizes, params_dtype: torch.dtype, **_attributes) -> None:
+        layer.register_parameter("qweight", PackedParameter.of(None, cut=lambda _, rows: ranks.of_table(layer, rows)))
         layer.params_dtype = params_dtype
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, H] -> logits [T, rows of the longest rank], which the ranks can gather."""
+        logits = super().apply(layer, x, bias)
+        return F.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """ids [T] -> [T, H] in the model's dtype."""
@@ -103,7 +116,7 @@ class PackedTable(PackedLinear):
 
 
 class PackedExperts(FusedMoEMethodBase):
-    """The routed experts, stacked [E, rows, columns] as the file has them."""
+    """The routed experts of this rank, stacked [E, rows, columns] as the file has them."""
 
     clamps_after_silu = True
 
@@ -116,10 +129,12 @@ class PackedExperts(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **_attributes,
     ) -> None:
-        if get_parallel().moe_ep_size > 1 or num_experts != layer.num_global_routed_experts:
-            raise ValueError("packed experts are neither split over ranks nor copied: start with --ep-size 1, no EPLB")
-        layer.register_parameter("w13_qweight", PackedParameter.of("w1", "w3"))
-        layer.register_parameter("w2_qweight", PackedParameter.of("w2"))
+        moe = get_exec().moe
+        if moe.enable_eplb or moe.ep_num_redundant_experts:
+            raise ValueError("packed experts stay where they are: remove --enable-eplb and --ep-num-redundant-experts")
+        own = dict(cut=partial(ranks.of_experts, layer), experts=ranks.experts_here(layer))
+        layer.register_parameter("w13_qweight", PackedParameter.of("w1", "w3", **own))
+        layer.register_parameter("w2_qweight", PackedParameter.of("w2", **own))
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config) -> None:
         self.moe_runner_config = moe_runner_config

@@ -1,5 +1,6 @@
 """SGLang platform for `--device cpu` with plain torch: no CUDA, Triton, AMX or sgl-kernel."""
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -27,6 +28,10 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
     def get_dispatch_key_name(self) -> str:
         return "native"
 
+    def init_backend(self) -> None:
+        # SGLang compiles three lines of a divided embedding: 10 s of the first request, and a C++ compiler.
+        torch.compiler.set_stance("force_eager")
+
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
 
@@ -49,13 +54,18 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         return PackedConfig
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Defaults that a user's own flag overrides.
+        """Defaults that a user's own flag overrides. Raises ValueError for what this platform lacks.
 
         SGLang's own CPU default comes first and stands where the user named no backend.
         """
         own_default = "torch_native" if self.cpu_arch == CpuArchEnum.ARM else "intel_amx"
         if server_args.attention_backend in (None, own_default):
             server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.attn_dp_size > 1:
+            raise ValueError(
+                "data-parallel attention (--attn-dp-size, --enable-dp-attention) moves rows between ranks with a "
+                "Triton kernel, which a CPU lacks: use --tp-size alone, or whole replicas by --dp-size"
+            )
         from sglang_step35.platform.kv_default import max_total_tokens
 
         tokens = max_total_tokens(server_args)

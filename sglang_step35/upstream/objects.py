@@ -52,7 +52,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.server_args",
-        has("ServerArgs", "attention_backend enable_memory_saver enable_metrics numa_node served_model_name"),
+        has("ServerArgs", "attention_backend attn_dp_size enable_memory_saver enable_metrics numa_node"),
         has(
             "ServerArgs",
             "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "
@@ -61,9 +61,9 @@ ROWS = (
         has(
             "ServerArgs",
             "enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
-            "ep_num_redundant_experts expert_distribution_recorder_mode pp_size speculative_adaptive "
+            "ep_num_redundant_experts expert_distribution_recorder_mode nnodes pp_size speculative_adaptive "
             "speculative_algorithm speculative_eagle_topk speculative_num_draft_tokens "
-            "speculative_num_steps tp_size",
+            "speculative_num_steps served_model_name tp_size",
         ),
     ),
     *module(

@@ -33,8 +33,14 @@ ROWS = (
         takes("SRTPlatform.get_quantization_config", "self quantization"),
     ),
     plain("sglang.srt.layers.quantization.QUANTIZATION_METHODS", "a dict of classes, to which we add gptq and mxfp4"),
-    plain("sglang.srt.layers.linear.LinearBase", "asked with isinstance"),
-    plain("sglang.srt.layers.moe.fused_moe_triton.FusedMoE", "asked with isinstance"),
+    # How its layers are divided over the ranks.
+    takes("sglang.srt.distributed.utils.get_group_rank_size", "group"),
+    has("sglang.srt.layers.linear.LinearBase", "tp_group"),
+    has("sglang.srt.layers.linear.QKVParallelLinear", "num_kv_head_replicas"),
+    has(
+        "sglang.srt.layers.moe.fused_moe_triton.FusedMoE",
+        "intermediate_size_per_partition moe_ep_rank moe_tp_rank moe_tp_size num_local_experts",
+    ),
     # 4-bit experts.
     *module(
         "sglang.srt.layers.quantization",

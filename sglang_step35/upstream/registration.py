@@ -123,12 +123,25 @@ ROWS = (
         plain("PlatformCapabilities", "built with its defaults: no capability"),
         has("SRTPlatform", "supported_quantization capabilities"),
         takes("SRTPlatform.get_dispatch_key_name", "self"),
+        takes("SRTPlatform.init_backend", "self"),
         takes("SRTPlatform.get_default_attention_backend", "self"),
         takes("SRTPlatform.get_kv_pool_cls", "self kind"),
         takes("SRTPlatform.apply_server_args_defaults", "self server_args"),
         takes("SRTPlatform.supports_speculative_algorithm", "self algorithm"),
         takes("SRTPlatform.get_speculative_worker_cls", "self algorithm"),
         takes("SRTPlatform.get_speculative_cache_locs_fn", "self"),
+    ),
+    *module(
+        "sglang.srt.utils.numa_utils",
+        takes("init_threads_binding", "numa_index world_size", hooked=True),
+    ),
+    *module(
+        "sglang.srt.utils",
+        takes("get_cpu_ids_by_node", ""),
+    ),
+    *module(
+        "sglang.srt.mem_cache.kv_cache_configurator",
+        takes("KVCacheConfigurator._profile_available_bytes", "self pre_model_load_memory", hooked=True),
     ),
     *module(
         "sglang.srt.mem_cache.memory_pool",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sglang.srt.layers.moe.topk import TopKOutputFormat
+from sglang.srt.layers.quantization.fp8 import Fp8Config
 
 from sglang_step35.config import AttentionSpec, MoESpec, RopeSpec
 from sglang_step35.model import moe
@@ -14,6 +15,7 @@ from sglang_step35.model.mlp import SwiGLU, swiglu
 from sglang_step35.model.moe import choose_experts
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import QKNormRope, RotaryRows
+from sglang_step35.packed.methods import PackedConfig
 
 
 @pytest.fixture(autouse=True)
@@ -140,9 +142,16 @@ def test_runners_that_route_by_themselves_are_refused():
 )
 def test_shared_expert_of_an_fp8_checkpoint(monkeypatch, ranks, ignored, whole):
     monkeypatch.setattr(moe, "get_parallel", lambda: SimpleNamespace(tp_size=ranks))
-    quant = SimpleNamespace(weight_block_size=[128, 128], ignored_layers=ignored)
+    quant = Fp8Config(True, "dynamic", ignored_layers=ignored, weight_block_size=[128, 128])
     assert moe._cannot_shard(1280, quant, "model.layers.3.share_expert") is whole
     assert not moe._cannot_shard(1280, None, "model.layers.3.share_expert")
+
+
+@pytest.mark.parametrize("size, ranks, whole", [(1280, 1, False), (1280, 2, True), (1024, 4, False), (1024, 8, True)])
+def test_shared_expert_of_packed_rows(monkeypatch, size, ranks, whole):
+    """K-quants have blocks of 256 columns."""
+    monkeypatch.setattr(moe, "get_parallel", lambda: SimpleNamespace(tp_size=ranks))
+    assert moe._cannot_shard(size, PackedConfig(), "model.layers.3.share_expert") is whole
 
 
 @pytest.mark.parametrize("ranks, whole", [(1, False), (2, False), (4, True), (8, True)])

@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_step35.config import parse_config
 from sglang_step35.config_fields import ConfigError
 from sglang_step35.model import widths
+from sglang_step35.model.causal_lm import Step3p5ForCausalLM
 from sglang_step35.model.widths import check_ranks
 from tests.support import model_host
 from tests.support.checkpoints import NANO_DIR, CheckpointShape, config_fields, make_checkpoint
@@ -24,8 +25,8 @@ from tests.support.warm import run_ranks
 
 TOLERANCE = 1e-4
 RANKS_TOLERANCE = 2e-4
-# None a multiple of 32; over two ranks the shared expert stays whole.
-ODD = CheckpointShape(expert_size=40, shared_size=41, dense_size=100)
+# None a multiple of 32; over two ranks the shared expert stays whole and the vocabulary is padded.
+ODD = CheckpointShape(expert_size=40, shared_size=41, dense_size=100, vocab_size=500)
 PROMPT = list(range(20, 60))
 
 
@@ -140,3 +141,24 @@ def test_the_refusal_counts_the_ranks_of_data_parallel_attention(monkeypatch):
     set_ranks(monkeypatch, 4, 8, 1)
     with pytest.raises(ConfigError, match="is 6: does not divide by --tp-size 8, here 4 ranks; use --tp-size 1, 2$"):
         check_ranks(parse_config(config_fields(CheckpointShape())))
+
+
+@pytest.mark.parametrize(
+    "experts, ranks, copies, message",
+    [
+        (8, 4, 0, None),
+        (6, 4, 2, None),
+        (8, 3, 0, "^config field moe_num_experts is 8: does not divide by --ep-size 3$"),
+        (8, 4, 2, "is 8, with --ep-num-redundant-experts 2: does not divide by --ep-size 4$"),
+    ],
+)
+def test_experts_over_ranks(experts, ranks, copies, message, monkeypatch):
+    monkeypatch.setattr(widths, "get_parallel", lambda: types.SimpleNamespace(ep_size=ranks))
+    moe = types.SimpleNamespace(ep_num_redundant_experts=copies)
+    monkeypatch.setattr(widths, "get_exec", lambda: types.SimpleNamespace(moe=moe))
+    config = types.SimpleNamespace(**config_fields(CheckpointShape(experts=experts)))
+    if message is None:
+        assert Step3p5ForCausalLM.get_model_config_for_expert_location(config).num_logical_experts == experts
+        return
+    with pytest.raises(ConfigError, match=message):
+        Step3p5ForCausalLM.get_model_config_for_expert_location(config)

@@ -2,13 +2,11 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 
-from sglang_step35.packed import methods
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.parameter import PackedParameter
 from tests.support import model_host
@@ -132,9 +130,3 @@ def test_a_config_beside_the_file_counts(tmp_path):
 
 def test_types_cover_the_published_files():
     assert {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} == set(TYPES)
-
-
-def test_more_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(methods, "get_parallel", lambda: SimpleNamespace(tp_size=2))
-    with pytest.raises(ValueError, match="start with --tp-size 1"):
-        methods.PackedConfig().get_quant_method(torch.nn.Linear(1, 1), "")

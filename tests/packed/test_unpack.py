@@ -79,10 +79,14 @@ def test_experts(limit):
     assert torch.allclose(kernel.experts(x, gate, up, down, weights, ids, limit), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_parameter_orders_its_parts():
-    parameter = PackedParameter.of("w1", "w3")
-    first, second = torch.randn(2, 4), torch.randn(2, 4)
-    parameter.fill("w3", second)
+def test_a_parameter_orders_its_parts_and_keeps_its_share():
+    """Two of three columns, and experts 1 and 2 of four, given as a stack or one by one."""
+    cut = lambda part, tensor: tensor.columns(0, 2)
+    parameter = PackedParameter.of("w1", "w3", cut=cut, experts=range(1, 3))
+    first, second = torch.randn(4, 5, 3), torch.randn(4, 5, 3)
+    for expert, matrix in enumerate(second):
+        parameter.fill("w3", matrix, expert)
     parameter.fill("w1", first)
-    assert [torch.equal(part.dequantize(), w) for part, w in zip(parameter.rows(), (first, second), strict=True)]
+    for part, whole in zip(parameter.rows(), (first, second), strict=True):
+        assert torch.equal(part.dequantize(), whole[1:3, :, :2])
     assert parameter.numel() == 0

@@ -29,7 +29,7 @@ def start_runtime(directory: Path, port: int | None = None, place: dict | None =
     args = ServerArgs(model_path=str(directory), device="cpu", dtype="float32", skip_tokenizer_init=True, **settings)
     args.resolve_once()
     world_rank = spawn_world_rank(args, **(place or dict(tp_rank=0, pp_rank=0)))
-    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=0))
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, gpu_id=world_rank))
     initialize_moe_config()
     port = port or PortArgs.init_new(args).nccl_port
     bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=port)

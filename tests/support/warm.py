@@ -41,9 +41,7 @@ def run_ranks(main: Callable, *args) -> None:
 
 def _rank(rank: int, main: Callable, args: tuple) -> None:
     importlib.import_module(PRELOADED)
-    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"  # else SGLang binds one rank to each NUMA node
     torch.set_num_threads(1)
-    torch.compiler.set_stance("force_eager")  # else SGLang's embedding compiles three lines, for 10 to 25 s
     main(rank, *args)
 
 
