@@ -52,7 +52,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.server_args",
-        has("ServerArgs", "attention_backend attn_dp_size enable_memory_saver enable_metrics numa_node"),
+        has("ServerArgs", "attention_backend attn_dp_size enable_memory_saver ep_size enable_metrics numa_node"),
         has(
             "ServerArgs",
             "dp_size enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
