@@ -61,6 +61,11 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         own_default = "torch_native" if self.cpu_arch == CpuArchEnum.ARM else "intel_amx"
         if server_args.attention_backend in (None, own_default):
             server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.tp_size % server_args.ep_size:
+            raise ValueError(
+                f"--ep-size {server_args.ep_size} does not divide --tp-size {server_args.tp_size}: the ranks form "
+                "groups that each hold every expert"
+            )
         if server_args.attn_dp_size > 1:
             raise ValueError(
                 "data-parallel attention (--attn-dp-size, --enable-dp-attention) moves rows between ranks with a "

@@ -52,7 +52,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.server_args",
-        has("ServerArgs", "attention_backend attn_dp_size enable_memory_saver enable_metrics numa_node"),
+        has("ServerArgs", "attention_backend attn_dp_size enable_memory_saver ep_size enable_metrics numa_node"),
         has(
             "ServerArgs",
             "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "

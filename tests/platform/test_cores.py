@@ -122,7 +122,15 @@ def test_no_rank_compiles():
     assert not warm.call(compiles)
 
 
-def test_attention_divided_by_data_is_refused():
-    arguments = SimpleNamespace(attention_backend=None, attn_dp_size=2)
-    with pytest.raises(ValueError, match="--enable-dp-attention.* --tp-size alone, or whole replicas by --dp-size"):
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(attn_dp_size=2), "--enable-dp-attention.* --tp-size alone, or whole replicas by --dp-size"),
+        (dict(tp_size=4, ep_size=3), "--ep-size 3 does not divide --tp-size 4"),
+        (dict(tp_size=2, ep_size=4), "--ep-size 4 does not divide --tp-size 2"),
+    ],
+)
+def test_refused_before_any_rank_starts(sizes, message):
+    arguments = SimpleNamespace(**dict(attention_backend=None, attn_dp_size=1, tp_size=2, ep_size=1) | sizes)
+    with pytest.raises(ValueError, match=message):
         PortablePlatform().apply_server_args_defaults(arguments)
