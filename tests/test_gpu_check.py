@@ -238,6 +238,7 @@ def test_outcomes_of_a_junit_report():
         ({"kind": "stock", "no_start": "x"}, False),
         ({"kind": "mtp", "no_start": "x"}, True),
         (MACHINE, False),
+        (report.summary(RESULTS), False),
     ],
 )
 def test_what_counts_as_a_failed_step(found, wrong):

@@ -4,6 +4,7 @@ import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from torch.profiler import ProfilerActivity
 
 from sglang_step35.checkpoint.quantization import METHODS
 from sglang_step35.names import ATTENTION_BACKEND
@@ -89,3 +90,10 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_step35.speculative.pass_input import extend_cache_locs
 
         return extend_cache_locs
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """Asked for by /start_profile; without an answer the scheduler ends."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> ProfilerActivity:
+        return ProfilerActivity.CPU

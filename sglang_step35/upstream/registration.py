@@ -130,6 +130,8 @@ ROWS = (
         takes("SRTPlatform.supports_speculative_algorithm", "self algorithm"),
         takes("SRTPlatform.get_speculative_worker_cls", "self algorithm"),
         takes("SRTPlatform.get_speculative_cache_locs_fn", "self"),
+        takes("SRTPlatform.get_torch_profiler_activity_str", "self"),
+        takes("SRTPlatform.get_torch_profiler_activity", "self"),
     ),
     *module(
         "sglang.srt.utils.numa_utils",
