@@ -8,6 +8,7 @@ import torch
 
 from scripts.gpu_check.trace import Breakdown, NoRounds, breakdown, read
 from sglang_step35.speculative.spans import MTP, PREFILL, ROUND, VERIFY, spanned
+from tests.support.worker_host import Host, make_worker
 
 
 def span(name: str, start: float, length: float) -> dict:
@@ -92,3 +93,20 @@ def test_spans_of_a_real_profiler(tmp_path):
     assert (found.source, found.rounds) == ("cpu", 2)
     assert 0 < found.verify < found.round and found.mtp == 0
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_spans_of_the_worker(tmp_path, monkeypatch):
+    """The real worker over toy models: a prefill, then rounds that verify and draft."""
+    host = Host(make_worker(monkeypatch, 3))
+    requests = [host.admit([1, 2, 3, 4, 5]), host.admit([5, 6])]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        host.prefill({request: len(request.tokens) for request in requests})
+        for _ in range(4):
+            host.round(requests)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = read(tmp_path / "trace.json")
+    names = [event["name"] for event in sorted(events, key=lambda event: event.get("ts", 0))]
+    assert [name for name in names if name.startswith("step35.")] == [PREFILL, MTP, *[ROUND, VERIFY, MTP] * 4]
+    found = breakdown(events)
+    assert found.rounds == 3
+    assert min(found.verify, found.mtp) > 0 and found.verify + found.mtp <= found.host <= found.round
