@@ -82,9 +82,9 @@ class Plan:
     stages: tuple[Stage, ...] = (
         Stage("stable", "text", 3000, 4, 512, (1.0, 1.0)),
         Stage("decay", "text", 5000, 4, 512, (1.0, 0.35)),
-        Stage("joint", "joint", 1800, 8, 512, (0.35, 0.08)),
-        Stage("unloop", "unloop", 300, 8, 512, (0.12, 0.0)),
-        Stage("distill", "distill", 2500, 8, 256, (1.0, 0.0)),
+        Stage("joint", "joint", 1800, 8, 512, (0.35, 0.05)),
+        Stage("unloop", "unloop", 400, 8, 512, (0.05, 0.0)),
+        Stage("distill", "distill", 2500, 8, 256, (0.25, 0.0)),
     )
     muon_lr: float = 0.012
     adam_lr: float = 0.015
@@ -95,9 +95,10 @@ class Plan:
     own_prompt: int = 48  # tokens of corpus at the start of every text the backbone writes itself
     joint_weight: float = 0.15  # of each MTP layer's loss beside the backbone's, in "joint"
     loop_rows: int = 48  # greedy texts of "unloop", written anew every `loop_refresh` steps
-    loop_refresh: int = 50
+    loop_refresh: int = 25
+    loop_share: float = 0.25  # of the rows of a batch
     loop_ngram: int = 8  # a token that completes a repeated n-gram of this size is made less likely
-    loop_weight: float = 1.0  # of that unlikelihood beside the loss of the corpus
+    loop_weight: float = 0.3  # of that unlikelihood beside the loss of the corpus
     own_temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)  # texts of "distill", `own_rows` of each
     own_rows: int = 768
     true_rows: int = 1024  # and this many crops of the corpus

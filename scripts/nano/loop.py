@@ -167,7 +167,8 @@ class Trainer:
         if stage.kind == "unloop":
             if self.step % self.plan.loop_refresh == 0 or self.own is None:
                 self.own = greedy_text(self.model, self.mixture, self.plan, length, self.step)
-            own = self.own[torch.randint(len(self.own), (stage.rows // 2,), generator=generator)]
+            count = round(stage.rows * self.plan.loop_share)
+            own = self.own[torch.randint(len(self.own), (count,), generator=generator)]
             true = self.mixture.rows(stage.rows - len(own), length, generator)
             likelihood, unlikelihood = unloop_loss(self.model, own, true, self.plan.loop_ngram)
             return [likelihood, self.plan.loop_weight * unlikelihood]
