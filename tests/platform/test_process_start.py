@@ -93,10 +93,12 @@ def test_counts_threads_that_a_fork_would_lose():
     process.join()
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+
+
 def report_child(result) -> None:
     atexit.register(result.send, "exit handler")
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
-    result.send((multiprocessing.get_start_method(), [signal.getsignal(name) for name in names]))
+    result.send((multiprocessing.get_start_method(), [signal.getsignal(number) for number in SIGNALS]))
 
 
 def test_a_forked_child_begins_as_a_spawned_one(portable):
@@ -107,7 +109,7 @@ def test_a_forked_child_begins_as_a_spawned_one(portable):
         process.start()
         return process
 
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGQUIT)}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     atexit.register(sender.send, "the parent's exit handler")
     try:
         process = launch_by_fork(launch, object, ARGUMENTS)
