@@ -140,10 +140,15 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         return spec_info
 
     def serves(self, mode: ForwardMode, rows: MTPPassInput) -> bool:
-        """Whether a pass over these rows was captured: those behind a verify step, not a prefill's."""
+        """Whether a pass over these rows was captured: those behind a verify step, not a prefill's.
+
+        Rows before position 0, which the first round of a one-token prompt has, need a mask of FlashInfer that no
+        graph holds. Where the host does not know the lengths, attention (fa3) needs none.
+        """
         width = self.captured_req_width
         fits = len(rows.row_counts) <= self.max_bs and all(count == width for count in rows.row_counts)
-        return mode.is_draft_extend_v2() and fits
+        starts_early = rows.ends_cpu is not None and bool((rows.ends_cpu < width).any())
+        return mode.is_draft_extend_v2() and fits and not starts_early
 
     def begin(self, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor) -> "CapturedPass":
         """Load a pass and plan its attention."""

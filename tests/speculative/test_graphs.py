@@ -208,7 +208,6 @@ def test_captured_passes_equal_eager_ones(mtp, graphs, requests_table):
     graphs.attn_backend.pools.clear()  # capturing wrote to slot 0
     for seed in range(3):
         rows, hidden, batch = random_pass(mtp, requests_table, seed)
-        assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows)
         with forward_context(ForwardContext(attn_backend=graphs.attn_backend), forward_batch=batch):
             found = drafted(graphs.begin(batch, rows, hidden))
         rows, hidden, batch = random_pass(mtp, requests_table, seed)
@@ -262,9 +261,18 @@ def test_where_attention_reads_the_scheduler_s_tables(in_graph, declared, early)
     assert _reads_end_with_the_first_layer(backend) is early
 
 
-@pytest.mark.parametrize("counts, served", [([6] * 4, True), ([6] * 5, False), ([6, 8], False)])
-def test_other_widths_and_sizes_are_left_to_the_eager_pass(graphs, counts, served):
-    rows = SimpleNamespace(row_counts=counts)
+@pytest.mark.parametrize(
+    "counts, ends, served",
+    [
+        ([6] * 4, None, True),
+        ([6] * 4, [6, 9, 7, 30], True),
+        ([6] * 4, [6, 9, 5, 30], False),  # begins before position 0
+        ([6] * 5, None, False),
+        ([6, 8], None, False),
+    ],
+)
+def test_what_is_left_to_the_eager_pass(graphs, counts, ends, served):
+    rows = SimpleNamespace(row_counts=counts, ends_cpu=None if ends is None else torch.tensor(ends))
     assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows) == served
     assert not graphs.serves(ForwardMode.EXTEND, rows)
 
