@@ -62,7 +62,7 @@ echo "quickstart: starting sglang serve with configs/nano-cpu.yaml on port $port
 # One thread: on busy cores the threads of so small a model spend their time waiting for each other.
 set -m # gives the server a process group of its own
 SGLANG_PLATFORM=step35 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} bash scripts/serve.sh nano-cpu \
-  --model-path "$model" --port "$port" --sleep-on-idle >"$log" 2>&1 </dev/null &
+  --model-path "$model" --port "$port" >"$log" 2>&1 </dev/null &
 server=$!
 disown # else bash reports how it ended
 set +m

@@ -32,7 +32,6 @@ NANO_ARGS = (
     "--model-path", str(NANO), "--served-model-name", "step3p5-nano", "--device", "cpu",
     "--tool-call-parser", "step3p5", "--reasoning-parser", "step3p5",
     "--max-total-tokens", "16384",  # else the KV pools take most of the host's memory
-    "--sleep-on-idle",  # else an idle server takes a core from the others
 )  # fmt: skip
 MTP_ARGS = (
     "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",

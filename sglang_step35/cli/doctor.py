@@ -142,6 +142,20 @@ def check_machine() -> list[Finding]:
     return [*found, *(Finding("serve", line) for line in outcome(devices, memory))]
 
 
+def check_threads() -> list[Finding]:
+    """Cores and NUMA nodes, where the portable platform would run."""
+    if plugin.activate_platform() is None:
+        return []
+    from sglang_step35.cli.threads import advice
+    from sglang_step35.platform import cores
+
+    usable = cores.cores_in_order()
+    facts = advice(
+        len(usable), cores.physical_cores(usable), cores.numa_nodes(usable), os.environ.get("OMP_NUM_THREADS")
+    )
+    return [Finding("threads", text, mend) for text, mend in facts]
+
+
 def check_checkpoint(path: str) -> list[Finding]:
     """Format, MTP layers, and whether it fits this machine."""
     import psutil
@@ -172,4 +186,5 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_upstream,
     check_registration,
     check_machine,
+    check_threads,
 )

@@ -2,12 +2,16 @@
 
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from sglang_step35.config import AttentionSpec
 from sglang_step35.model.rotary import QKNormRope, RotaryRows
+from sglang_step35.packed import kernel
+from sglang_step35.packed.parameter import PackedParameter
 
 
 class GatedAttention(nn.Module):
@@ -77,6 +81,21 @@ class GatedAttention(nn.Module):
             out = self.gate_heads(out, gate)
         out, _ = self.o_proj(out)
         return out
+
+    def write_kv(self, x: Tensor, forward_batch) -> None:
+        """Write the rows' keys and values, and attend to nothing: x [T, H] normed.
+
+        For attention backends with `write_kv`; the rotary rows are those of the running forward.
+        """
+        _, k, v = self.qk_norm_rope.heads(self._keys_and_values(x))
+        get_attn_backend().write_kv(k, v, self.attn, forward_batch)
+
+    def _keys_and_values(self, x: Tensor) -> Tensor:
+        """What the qkv projection, plain or packed, has behind its queries: x [T, H] -> [T, 2 K D]."""
+        packed = getattr(self.qkv_proj, "qweight", None)
+        if isinstance(packed, PackedParameter):
+            return kernel.linear(x, packed.rows()[1:])
+        return linear(x, self.qkv_proj.weight[self.num_heads * self.head_dim :])
 
     def gate_heads(self, out: Tensor, gate: Tensor) -> Tensor:
         """Each head's output times the sigmoid of its gate: out [T, Q D], gate [T, Q] -> [T, Q D]."""

@@ -57,18 +57,29 @@ class MTPLayer(nn.Module):
 
     def forward(self, embeds: Tensor, positions: Tensor, hidden: Tensor, forward_batch: ForwardBatch) -> Tensor:
         """embeds, hidden [T, H] -> [T, H] before `shared_head_norm`."""
+        x = self._input(embeds, hidden)
         if self.runs_single_rank:
-            return single_rank.mtp_layer(self, embeds, hidden, forward_batch)
-        x = embeds
-        if len(x) > 0:
-            # The embedding half first, as in the checkpoint's eh_proj.
-            x, _ = self.eh_proj(torch.cat((self.enorm(embeds), self.hnorm(hidden)), dim=-1))
+            return single_rank.decoder_layers((self.block,), x, forward_batch)
         residual_batch.start(forward_batch)
         x = self.block(positions, x, forward_batch)
         x = residual_batch.complete_output(x, forward_batch)
         out = residual_batch.snapshot(x, forward_batch)
         residual_batch.clear(forward_batch)
         return out
+
+    def write_kv(self, embeds: Tensor, hidden: Tensor, forward_batch: ForwardBatch) -> None:
+        """The part of `forward` that later rows read: embeds, hidden [T, H]."""
+        x = self.block.input_layernorm(self._input(embeds, hidden))
+        self.block.self_attn.write_kv(x, forward_batch)
+
+    def _input(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        """What the block reads, [T, H]; the embedding half comes first, as in the checkpoint's eh_proj."""
+        if self.runs_single_rank:
+            return single_rank.mtp_input(self, embeds, hidden)
+        if len(embeds) == 0:
+            return embeds
+        x, _ = self.eh_proj(torch.cat((self.enorm(embeds), self.hnorm(hidden)), dim=-1))
+        return x
 
 
 class Step3p5MTP(nn.Module):
@@ -132,11 +143,26 @@ class Step3p5MTP(nn.Module):
         input_ids: [T], token t + 1 + depth of row t. positions: [T] int64. hidden: [T, H]. Returns
         [T, H] before the head's norm: what `compute_logits` and layer depth + 1 take.
         """
+        embeds = self._start(depth, input_ids, positions)
+        return self.layers[depth](embeds, positions, hidden, forward_batch)
+
+    @torch.no_grad()
+    def write_kv(
+        self, depth: int, input_ids: Tensor, positions: Tensor, hidden: Tensor, forward_batch: ForwardBatch
+    ) -> None:
+        """`forward_layer` for rows whose output nobody reads: their keys and values are written, no more.
+
+        For attention backends with `write_kv`.
+        """
+        embeds = self._start(depth, input_ids, positions)
+        self.layers[depth].write_kv(embeds, hidden, forward_batch)
+
+    def _start(self, depth: int, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Look up what the rows of a layer need: embeddings [T, H], returned, and the rotary factors."""
         if depth == 0 or positions is not self.rows.positions:
             self.rows.start(positions)
-        layer, table = self.layers[depth], self.tables.embedding(depth)
-        embeds = single_rank.embed(input_ids, table) if layer.runs_single_rank else table(input_ids)
-        return layer(embeds, positions, hidden, forward_batch)
+        table = self.tables.embedding(depth)
+        return single_rank.embed(input_ids, table) if self.layers[depth].runs_single_rank else table(input_ids)
 
     @torch.no_grad()
     def compute_logits(self, depth: int, hidden: Tensor, forward_batch: ForwardBatch | None = None) -> Tensor:

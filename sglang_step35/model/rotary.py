@@ -84,10 +84,15 @@ class QKNormRope(BaseFusedOp):
         return q.flatten(1), k.flatten(1), v.flatten(1)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [T, (Q + 2 K) D] -> q [T, Q, D], k [T, K, D], v [T, K, D]; computed in float32."""
-        q_heads, k_heads, _ = (size // self.head_dim for size in self.sizes)
+        """qkv [T, (Q + 2 K) D] -> q [T, Q, D], k [T, K, D], v [T, K, D]; computed in float32.
+
+        Keys and values alone, [T, 2 K D], are a qkv of no query heads.
+        """
         heads = qkv.view(len(qkv), -1, self.head_dim)
-        qk = rms_norm(heads[:, : q_heads + k_heads].float(), self._scales(), self.q_norm.eps_length)
+        k_heads = self.sizes[1] // self.head_dim
+        q_heads = heads.shape[1] - 2 * k_heads
+        scales = self._scales()[-(q_heads + k_heads) :]
+        qk = rms_norm(heads[:, : q_heads + k_heads].float(), scales, self.q_norm.eps_length)
         own, swapped = self.rows.get(self.rope)
         qk = torch.addcmul(qk * own, self._swap_halves(qk), swapped).to(qkv.dtype)
         return qk[:, :q_heads], qk[:, q_heads:], heads[:, q_heads + k_heads :]

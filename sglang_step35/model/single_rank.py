@@ -46,12 +46,11 @@ def decoder_layers(layers: Iterable[DecoderLayer], x: Tensor, forward_batch) -> 
     return x
 
 
-def mtp_layer(layer: nn.Module, embeds: Tensor, hidden: Tensor, forward_batch) -> Tensor:
-    """embeds, hidden [T, H] -> [T, H]: `MTPLayer.forward`, both norms at once."""
+def mtp_input(layer: nn.Module, embeds: Tensor, hidden: Tensor) -> Tensor:
+    """embeds, hidden [T, H] -> [T, H]: what an MTP layer's block reads, both norms at once."""
     scales = torch.stack((layer.enorm.scale, layer.hnorm.scale))
     pair = rms_norm(torch.stack((embeds, hidden), dim=1), scales, layer.enorm.eps_length)  # [T, 2, H]
-    x = F.linear(pair.flatten(1), layer.eh_proj.weight)
-    return decoder_layers((layer.block,), x, forward_batch)
+    return F.linear(pair.flatten(1), layer.eh_proj.weight)
 
 
 def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:

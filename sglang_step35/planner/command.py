@@ -19,7 +19,7 @@ CHECKPOINTS = {
 def serve_arguments(plan: Plan, model: str | None = None) -> list[str]:
     """The arguments of `sglang`; model: path or hub name, by default the published checkpoint."""
     flags = ["serve", "--model-path", model or CHECKPOINTS[plan.quantization], "--served-model-name", "step3p5-flash"]
-    flags += ["--device", "cpu", "--sleep-on-idle"] if plan.machine.engine == PORTABLE else _on_cuda(plan)
+    flags += ["--device", "cpu"] if plan.machine.engine == PORTABLE else _on_cuda(plan)
     flags += ["--tool-call-parser", "step3p5", "--reasoning-parser", "step3p5"]
     if plan.machine.attention:
         flags += ["--attention-backend", plan.machine.attention]

@@ -72,6 +72,8 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
                 "data-parallel attention (--attn-dp-size, --enable-dp-attention) moves rows between ranks with a "
                 "Triton kernel, which a CPU lacks: use --tp-size alone, or whole replicas by --dp-size"
             )
+        # An idle scheduler would take a core. SGLang's flag only says yes, so no user's choice is overridden.
+        server_args.sleep_on_idle = True
         from sglang_step35.platform.kv_default import max_total_tokens
 
         tokens = max_total_tokens(server_args)

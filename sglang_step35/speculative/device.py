@@ -31,6 +31,14 @@ def plan_draft_attention(runner, forward_batch, rows: MTPPassInput) -> None:
         backend.init_forward_metadata(forward_batch)
 
 
+def writes_kv_alone(runner) -> bool:
+    """Whether the runner's attention can write keys and values of rows that attend to nothing.
+
+    SGLang's own backends write them only together with attending.
+    """
+    return hasattr(runner.attn_backend, "write_kv")
+
+
 def capture_graphs(runner, num_layers: int):
     """Graphs of the pass of these MTP layers behind a verify step; None where SGLang captures none."""
     if current_platform.is_out_of_tree():

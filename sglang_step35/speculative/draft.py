@@ -5,8 +5,10 @@ Here the layers are one model with one pool of S layers: a pass plans its attent
 weights are read once.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.configs.draft_parallel import DraftParallelSpec, DraftTPExecution
@@ -29,9 +31,15 @@ from sglang_step35.speculative.device import (
     attach_draft_attention,
     capture_graphs,
     plan_draft_attention,
+    writes_kv_alone,
 )
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.spans import MTP, spanned
+
+if TYPE_CHECKING:
+    from sglang_step35.speculative.graphs import CapturedPass
+
+_FEW_ROWS = 8  # of a request: describing a second pass costs more than they do in the last layer
 
 
 class EagerPass:
@@ -47,10 +55,20 @@ class EagerPass:
 
     def logits(self, layer: int) -> Tensor:
         """Run a layer; [B, V], its prediction after each request's last row."""
+        self.forward(layer)
+        return self.model.compute_logits(layer, self.hidden[self.rows.last])
+
+    def forward(self, layer: int) -> None:
+        """Run a layer for the next one alone."""
+        self.hidden = self.model.forward_layer(layer, *self._inputs(layer))
+
+    def write_kv(self, layer: int) -> None:
+        """Of a layer that no other follows, only what later passes read."""
+        self.model.write_kv(layer, *self._inputs(layer))
+
+    def _inputs(self, layer: int) -> tuple[Tensor, Tensor, Tensor, ForwardBatch]:
         rows = self.rows
-        tokens = rows.line[rows.base + layer]
-        self.hidden = self.model.forward_layer(layer, tokens, rows.positions, self.hidden, self.forward_batch)
-        return self.model.compute_logits(layer, self.hidden[rows.last])
+        return rows.line[rows.base + layer], rows.positions, self.hidden, self.forward_batch
 
     def put(self, layer: int, drafts: Tensor) -> None:
         """Let the next layer read these drafts [B]."""
@@ -108,8 +126,33 @@ class MTPDraftWorker(EagleDraftWorkerBase):
 
     @spanned(MTP)
     @torch.inference_mode()
+    def extend(self, batch, rows: MTPPassInput, hidden: Tensor, depth: int, sampler) -> None:
+        """Run the first `depth` MTP layers over a prefill's rows: write their KV, and choose drafts with the sampler.
+
+        Without a sampler no prompt ends here, and nobody reads logits. A layer's KV is computed from the output of
+        the layer before it, so that of the last layer only what predicts a draft is read: its last row.
+        hidden: [R, H], see `run`.
+        """
+        last = depth - 1
+        many = sampler is None or len(rows.positions) > _FEW_ROWS * len(rows.row_counts)
+        narrow = many and writes_kv_alone(self.draft_runner)
+        with self._eager_pass(batch, rows, hidden) as layers:
+            for layer in range(last if narrow else depth):
+                if sampler is None:
+                    layers.forward(layer)
+                else:
+                    layers.put(layer, sampler(layer, layers.logits(layer)))
+            if narrow:
+                layers.write_kv(last)
+            hidden = layers.hidden
+        if narrow and sampler is not None:
+            with self._eager_pass(batch, rows.last_rows(), hidden[rows.last]) as layers:
+                layers.put(last, sampler(last, layers.logits(last)))
+
+    @spanned(MTP)
+    @torch.inference_mode()
     def run(self, batch, rows: MTPPassInput, hidden: Tensor, depth: int, sampler) -> int:
-        """Run the first `depth` MTP layers over `rows`: write their KV and choose their drafts.
+        """Run the first `depth` MTP layers over the rows behind a verify step: write their KV and choose their drafts.
 
         hidden: [R, H], the backbone's hidden states before the final norm. sampler: called with
         (layer, logits [B, V]), returns the layer's drafts [B] int64.
@@ -118,19 +161,26 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         if batch.forward_mode.is_target_verify():
             batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
         captured = self.graphs is not None and self.graphs.serves(batch.forward_mode, rows)
-        if rows.ends_cpu is None and not captured:
-            rows = replace(rows, ends_cpu=rows.ends.cpu())  # attention plans an eager pass on the host
-        forward_batch = self._forward_batch(batch, rows, hidden)
-        with self._draft_scope(), self._forward_scope(forward_batch):
-            if captured:
-                layers = self.graphs.begin(forward_batch, rows, hidden)
-            else:
-                layers = EagerPass(self.draft_runner, forward_batch, rows, hidden)
+        with (self._captured_pass if captured else self._eager_pass)(batch, rows, hidden) as layers:
             for layer in range(depth):
                 layers.put(layer, sampler(layer, layers.logits(layer)))
                 if sampler.done:
                     return layer + 1
         return depth
+
+    @contextmanager
+    def _eager_pass(self, batch, rows: MTPPassInput, hidden: Tensor) -> Iterator[EagerPass]:
+        if rows.ends_cpu is None:
+            rows = replace(rows, ends_cpu=rows.ends.cpu())  # attention plans an eager pass on the host
+        forward_batch = self._forward_batch(batch, rows, hidden)
+        with self._draft_scope(), self._forward_scope(forward_batch):
+            yield EagerPass(self.draft_runner, forward_batch, rows, hidden)
+
+    @contextmanager
+    def _captured_pass(self, batch, rows: MTPPassInput, hidden: Tensor) -> "Iterator[CapturedPass]":
+        forward_batch = self._forward_batch(batch, rows, hidden)
+        with self._draft_scope(), self._forward_scope(forward_batch):
+            yield self.graphs.begin(forward_batch, rows, hidden)
 
     def _forward_batch(self, batch, rows: MTPPassInput, hidden: Tensor) -> ForwardBatch:
         """SGLang's description of the pass; mutates `batch`, which the scheduler rolls back."""

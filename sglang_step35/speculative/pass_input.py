@@ -7,7 +7,7 @@ over rows [start, end) reads the request's tokens from start + 1 on. Those token
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ class MTPPassInput:
     row_counts: list[int]
     ends: Tensor
     ends_cpu: Tensor | None
+
+    def last_rows(self) -> "MTPPassInput":
+        """Each request's last row alone, on the same line; of a pass whose requests' last rows predict the drafts."""
+        last = self.last
+        return replace(
+            self,
+            positions=self.positions[last],
+            slots=self.slots[last],
+            base=self.base[last],
+            last=torch.arange(len(last), device=last.device),
+            row_counts=[1] * len(last),
+        )
 
 
 def window_rows(

@@ -112,8 +112,9 @@ class Step35SpecWorker(BaseSpecWorker):
         hidden = prefill.hidden(result.logits_output.hidden_states)
         prefill.remember(rows, hidden)
         sampler = self._sampler(batch, batch.seq_lens)
-        self._draft_worker.run(batch, rows, hidden, steps, sampler)
-        self.store.note_drafts(prefill.pool_idx, steps, sampler)
+        # The scheduler drops what a chunk inside a prompt samples and drafts.
+        self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
+        self.store.note_drafts(prefill.pool_idx, len(sampler.drafts), sampler)
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 

@@ -54,6 +54,13 @@ def test_all_modes(host, limits):
     check(host.run(DECODE, [(1, 69, 70)]))
 
 
+def test_rows_that_attend_to_nothing_are_read_by_later_ones(host, limits):
+    host.write(EXTEND, [(1, 0, 37), (4, 0, 3)])
+    check(host.run(EXTEND, [(1, 36, 37), (4, 2, 3)]))
+    host.write(EXTEND, [(1, 37, 50)])
+    check(host.run(DECODE, [(4, 3, 4), (1, 50, 51)]))
+
+
 def test_planned_rows_before_the_first_position(host, limits):
     host.run(EXTEND, [(5, 0, 40), (6, 0, 2)])
     spans = [(5, 38, 44), (6, -1, 5)]

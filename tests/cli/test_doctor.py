@@ -10,6 +10,7 @@ import pytest
 from sglang_step35 import plugin, upstream
 from sglang_step35.cli import doctor
 from sglang_step35.cli.readme_command import Device, outcome
+from sglang_step35.cli.threads import advice
 
 H100 = Device("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
 GB10 = Device("NVIDIA GB10", 122_070, (12, 1))
@@ -57,7 +58,7 @@ def test_a_healthy_installation(capsys):
     code, out = report(capsys)
     assert code == 0, out
     assert "WRONG" not in out and mends(out) == []
-    for topic in ("versions", "plug-in", "upstream", "register", "machine", "platform", "serve"):
+    for topic in ("versions", "plug-in", "upstream", "register", "machine", "platform", "serve", "threads"):
         assert f"  {topic} " in out
     assert f"{len(upstream.TABLE)} names with their signatures" in out
 
@@ -169,6 +170,17 @@ def test_the_command_on_a_dgx_spark():
     lines = outcome((GB10,), 119)
     assert lines[1].endswith("--quantization int4")
     assert "--attention-backend flashinfer" in lines[2]
+
+
+def test_threads_of_a_cpu_server():
+    [(text, mend)] = advice(32, 16, 1, None)
+    assert text.startswith("16 physical cores, 32 hardware threads, 1 NUMA node; a server computes with 16")
+    assert mend is None
+    assert advice(32, 16, 1, "16")[0][1] is None
+    for wrong in ("32", "0", "many"):
+        assert "to the number of physical cores, 16" in advice(32, 16, 1, wrong)[0][1]
+    assert "a larger model wants them all" in advice(2, 2, 1, "1")[0][0] and advice(2, 2, 1, "1")[0][1] is None
+    assert "--tp-size 4 gives each rank a node" in advice(64, 32, 4, None)[1][0]
 
 
 def test_devices_are_reported(monkeypatch):

@@ -44,6 +44,15 @@ def test_logits_of_every_layer(directory, mtp, plain):
         assert (logits - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_last_row_over_rows_of_which_only_keys_and_values_are_computed(directory, mtp, plain):
+    for layer in mtp.layers:
+        layer.runs_single_rank = plain
+    reference, ids = load_reference(directory), prompt(40)
+    found = model_host.last_mtp_logits(mtp, reference.hidden_before_norm(ids), ids)
+    assert (found - reference.mtp_logits(ids)[0][-1]).abs().max() < TOLERANCE
+
+
 def test_layers_are_layers_of_one_kv_pool(mtp):
     assert (mtp.num_mtp_layers, mtp.start_layer, mtp.end_layer) == (3, 0, 3)
     assert [layer.block.self_attn.attn.layer_id for layer in mtp.layers] == [0, 1, 2]

@@ -80,6 +80,13 @@ def test_mtp_logprobs(loaded):
         assert (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < TOLERANCE
 
 
+def test_mtp_keys_and_values_alone(loaded):
+    _, mtp, reference = loaded
+    ids = prompt(40)
+    found = model_host.last_mtp_logits(mtp, reference.hidden_before_norm(ids), ids).log_softmax(-1)
+    assert (found - reference.mtp_logits(ids)[0][-1].log_softmax(-1)).abs().max() < TOLERANCE
+
+
 def test_weights_stay_packed(loaded):
     """Floats are kept of norms, routers and head gates only; the rest is the file's own bytes."""
     for model in loaded[:2]:

@@ -25,7 +25,8 @@ def test_parts(count, parts, expected):
     assert [cores.part_of(list(range(count)), i, parts) for i in range(parts)] == expected
 
 
-def test_nodes_come_one_after_the_other_and_threads_of_a_core_together(tmp_path, monkeypatch):
+@pytest.fixture
+def topology(tmp_path, monkeypatch):
     """Two nodes of two cores of two threads, numbered as x86 servers do: 0, 1 | 2, 3 | 4, 5 | 6, 7."""
     for cpu in range(8):
         core = cpu % 4
@@ -36,12 +37,32 @@ def test_nodes_come_one_after_the_other_and_threads_of_a_core_together(tmp_path,
         (folder / "topology" / "core_id").write_text(f"{core % 2}\n")
     monkeypatch.setattr(cores, "_CPUS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
+def test_physical_cores_and_nodes(topology):
+    assert [cores.physical_cores(some) for some in (range(8), [0, 4], [0, 1], [2, 3, 6])] == [4, 1, 2, 2]
+    assert [cores.numa_nodes(some) for some in (range(8), [0, 5], [3, 6], [1, 2])] == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("asked, expected", [(None, [4, 2, 1]), ("3", [3, 3, 2]), ("16", [8, 4, 2])])
+def test_threads(topology, monkeypatch, asked, expected):
+    """One on each physical core, unless the user says how many; never two on a hardware thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(asked or 8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert [cores.threads_on(some) for some in ([*range(8)], [0, 4, 1, 5], [2, 6])] == expected
+
+
+def test_nodes_come_one_after_the_other_and_threads_of_a_core_together(topology):
     assert cores.cores_in_order() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_a_host_that_does_not_say_where_its_cores_are(tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "_CPUS", tmp_path)
-    assert cores.cores_in_order() == sorted(os.sched_getaffinity(0))
+    usable = sorted(os.sched_getaffinity(0))
+    assert cores.cores_in_order() == usable
+    assert cores.physical_cores(usable) == len(usable) and cores.numa_nodes(usable) == 1
 
 
 @pytest.mark.parametrize("text, expected", [("3", [3]), ("0-2,8", [0, 1, 2, 8]), ("1,5-6", [1, 5, 6])])
@@ -59,6 +80,7 @@ def test_bad_lists_of_cores(text):
 def bound(monkeypatch):
     """What `bind_rank` does to a process of two threads that may use cores 4 to 7."""
     calls = {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, chosen: calls.update(cores=chosen))
@@ -85,11 +107,11 @@ def test_a_rank_takes_its_part(bound):
 
 def test_ranks_of_other_hosts_take_nothing(bound):
     assert bound(1, tp_size=4, nnodes=2) == ("6,7", {"cores": [6, 7], "threads": 2})
-    assert bound(0, tp_size=2, nnodes=2) == (None, {})
+    assert bound(0, tp_size=2, nnodes=2) == (None, {"threads": 2})
 
 
-def test_a_rank_alone_is_left_as_it_is(bound):
-    assert bound(0) == (None, {})
+def test_a_rank_alone_keeps_its_cores(bound):
+    assert bound(0) == (None, {"threads": 2})
 
 
 def test_the_users_own_division_counts(bound):

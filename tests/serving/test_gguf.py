@@ -27,7 +27,7 @@ def converted(tmp_path_factory):
 def server(serve, converted):
     return serve(
         "--model-path", str(converted[0]), "--device", "cpu", "--dtype", "float32", "--reasoning-parser", "step3p5",
-        "--tool-call-parser", "step3p5", "--max-total-tokens", "16384", "--sleep-on-idle", *MTP_ARGS,
+        "--tool-call-parser", "step3p5", "--max-total-tokens", "16384", *MTP_ARGS,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def test_greedy_output_and_accepted_drafts_are_the_references(serve, checkpoint)
     directory, reference = checkpoint
     server = serve(
         "--model-path", str(directory), "--device", "cpu", "--dtype", "float32", "--reasoning-parser", "step3p5",
-        "--tool-call-parser", "step3p5", "--max-total-tokens", "16384", "--sleep-on-idle", *MTP_ARGS,
+        "--tool-call-parser", "step3p5", "--max-total-tokens", "16384", *MTP_ARGS,
     )  # fmt: skip
     requests = [*prompts()[:6], [300], [77] * 90]
     answers = generate_all(server, requests, 32, at_once=4)

@@ -101,7 +101,7 @@ def test_checkpoints_with_fewer_mtp_layers(serve, tmp_path_factory, layers):
         "--model-path", str(directory), "--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384",
         "--chunked-prefill-size", "32", "--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1",
         "--speculative-num-steps", str(layers), "--speculative-num-draft-tokens", str(layers + 1),
-        "--enable-multi-layer-eagle", "--sleep-on-idle",
+        "--enable-multi-layer-eagle",
     )  # fmt: skip
     target = load_reference(directory)
     for ids in [list(range(3, 3 + length)) for length in (1, 40, 90)]:

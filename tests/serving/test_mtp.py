@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_shape(serve, tmp_path_factory):
     """9 + 3 layers, window 48, top-1 experts, other head counts, chunks of 32, cache hits."""
     shape = CheckpointShape(window=48, top_k=1, heads=8, sliding_heads=4, kv_groups=4, sliding_kv_groups=4, echo=1.5)
     directory = make_checkpoint(tmp_path_factory.mktemp("shape"), shape, seed=5)
-    model = ("--model-path", str(directory), "--device", "cpu", "--max-total-tokens", "16384", "--sleep-on-idle")
+    model = ("--model-path", str(directory), "--device", "cpu", "--max-total-tokens", "16384")
     server = serve(*model, *MTP_ARGS, "--dtype", "float32", "--chunked-prefill-size", "32")
     target = load_reference(directory)
     for ids in [list(range(3, 3 + length)) for length in (1, 49, 130)]:

@@ -69,7 +69,7 @@ def test_four_ranks_with_adaptive_depth(serve, tmp_path_factory):
     directory = make_checkpoint(tmp_path_factory.mktemp("four"), FOUR, seed=5)
     server = serve(
         "--model-path", str(directory), "--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384",
-        *MTP_ARGS, "--speculative-adaptive", "--tp-size", "4", "--ep-size", "2", "--sleep-on-idle",
+        *MTP_ARGS, "--speculative-adaptive", "--tp-size", "4", "--ep-size", "2",
     )  # fmt: skip
     target = load_reference(directory)
     requests = [list(range(3, 3 + length)) for length in (1, 49, 90)]

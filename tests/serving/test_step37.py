@@ -21,7 +21,7 @@ def server(serve, tmp_path_factory):
     directory = as_step37(NANO, tmp_path_factory.mktemp("step37") / "nano")
     return serve(
         "--model-path", str(directory), "--device", "cpu", "--dtype", "float32", "--reasoning-parser", "step3p5",
-        "--tool-call-parser", "step3p5", "--max-total-tokens", "16384", "--sleep-on-idle", *MTP_ARGS,
+        "--tool-call-parser", "step3p5", "--max-total-tokens", "16384", *MTP_ARGS,
     )  # fmt: skip
 
 

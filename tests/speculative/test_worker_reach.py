@@ -121,3 +121,17 @@ def test_a_request_admitted_again_where_its_prefill_ended_does_not_read_rings_th
     host.prefill({request: len(request.tokens) - request.filled})
     other = host.admit([*request.tokens[: len(PROMPT) + 3], 0], len(PROMPT), shared)
     host.prefill({other: 4})
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_prefill_computes_what_is_read(monkeypatch, alone):
+    """Outputs of the last layer feed nothing but the drafts, and drafts inside a prompt are dropped."""
+    host = Host(make_worker(monkeypatch, 3, full_width=not alone))
+    toy, other = host.worker._draft_worker.model, host.admit(PROMPT * 2)
+    made = host.admit(PROMPT * 3)
+    host.prefill({made: 25, other: 20})
+    assert toy.rows == [45, 45, 0 if alone else 45] and toy.predicted == 0
+    host.prefill({made: 35, other: 10})  # the two rows before a chunk come again
+    assert toy.rows == [94, 94, 2 if alone else 94] and toy.predicted == 3 * 2
+    host.prefill({other: 10})
+    host.round([made, other])

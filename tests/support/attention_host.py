@@ -111,18 +111,28 @@ class Host:
     def attend(self, batch: SimpleNamespace, spans: list[tuple[int, int, int]]):
         """Run both layers on random rows. Returns per layer (output, expected), [T, H, D] each; expected is float64
         and NaN for rows before position 0."""
-        rows = self.rows(spans)
+        rows, results = self.rows(spans), []
+        for layer, (k, v) in zip(self.layers, self._fresh(rows), strict=True):
+            q = torch.randn(len(rows), layer.tp_q_head_num * SIZE).to(self.dtype)
+            out = self.backend.forward(q, k, v, layer, batch)
+            results.append((out.unflatten(1, (-1, SIZE)), self._expected(q.unflatten(1, (-1, SIZE)), layer, rows)))
+        return results
+
+    def write(self, mode: ForwardMode, spans: list[tuple[int, int, int]]) -> None:
+        """Random keys and values of rows that attend to nothing."""
+        batch = self.batch(mode, spans)
+        self.backend.init_forward_metadata(batch)
+        for layer, (k, v) in zip(self.layers, self._fresh(self.rows(spans)), strict=True):
+            self.backend.write_kv(k, v, layer, batch)
+
+    def _fresh(self, rows: list[tuple[int, int]]) -> torch.Tensor:
+        """[layer, k or v, T, N, D], recorded."""
         fresh = torch.randn(2, 2, len(rows), KV_HEADS, SIZE).to(self.dtype)
         for i, (request, position) in enumerate(rows):
             known = self.known.setdefault(request, [])
             if position >= 0:
                 known[position:] = [fresh[:, :, i]]
-        results = []
-        for layer, (k, v) in zip(self.layers, fresh, strict=True):
-            q = torch.randn(len(rows), layer.tp_q_head_num * SIZE).to(self.dtype)
-            out = self.backend.forward(q, k, v, layer, batch)
-            results.append((out.unflatten(1, (-1, SIZE)), self._expected(q.unflatten(1, (-1, SIZE)), layer, rows)))
-        return results
+        return fresh
 
     def run(self, mode: ForwardMode, spans: list[tuple[int, int, int]]):
         """Plan and attend; see `attend`."""

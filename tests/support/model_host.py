@@ -77,6 +77,19 @@ class WholeSequence:
         return (weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1)
 
 
+class WrittenSequence(WholeSequence):
+    """The same for the last row of a request whose keys and values one layer has written before."""
+
+    def write_kv(self, k, v, layer, forward_batch) -> None:
+        self.written = k, v
+
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_unused) -> Tensor:
+        before = [x[:-1].flatten(1) for x in self.written]
+        k, v = (torch.cat((old, own.view(1, -1))) for old, own in zip(before, (k, v), strict=True))
+        padded = torch.cat((q.new_zeros(len(k) - 1, q.shape[1]), q))
+        return super().forward(padded, k, v, layer, forward_batch)[-1:]
+
+
 def batch_of(ids: list[int], capture: CaptureHiddenMode = CaptureHiddenMode.FULL) -> ForwardBatch:
     """One request, prefilled at once."""
     count = torch.tensor([len(ids)])
@@ -123,3 +136,15 @@ def mtp_logits(model: nn.Module, hidden: Tensor, ids: list[int]) -> list[Tensor]
             hidden = model.forward_layer(depth, batch.input_ids, batch.positions, hidden, batch)
             logits.append(model.compute_logits(depth, hidden))
     return logits
+
+
+@torch.inference_mode()
+def last_mtp_logits(model: nn.Module, hidden: Tensor, ids: list[int]) -> Tensor:
+    """Logits [V] of MTP layer 0's last row; of the rows before, only keys and values are computed."""
+    batch = batch_of(ids[1:])
+    tokens, positions, hidden = batch.input_ids, batch.positions, hidden[:-1]
+    with forward_context(ForwardContext(attn_backend=WrittenSequence()), forward_batch=batch):
+        model.write_kv(0, tokens, positions, hidden, batch)
+        batch = batch_of(ids[-1:])
+        last = model.forward_layer(0, tokens[-1:], positions[-1:], hidden[-1:], batch)
+        return model.compute_logits(0, last)[0]

@@ -104,6 +104,8 @@ class ToyMTP:
         self.pools: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self.floors: dict[int, int] = {}  # per pool index, positions before it are evicted
         self.owners: list[int] = []
+        self.rows = [0] * num_layers  # whose outputs each layer computed
+        self.predicted = 0  # rows of logits
 
     def plan_rows(self, pool_indices: Tensor, row_counts: list[int], ends: list[int], slots: Tensor) -> None:
         """The attention backend's part: whose rows come."""
@@ -111,11 +113,11 @@ class ToyMTP:
 
     def forward_layer(self, layer: int, tokens: Tensor, positions: Tensor, hidden: Tensor, batch) -> Tensor:
         """Every row's KV is written before any is read; slot 0 takes what nobody may read."""
+        self.write_kv(layer, tokens, positions, hidden, batch)
+        self.rows[layer] += len(tokens)
         pool, slots = self.pools[layer], batch.out_cache_loc.tolist()
         inputs = [tuple(pair) for pair in hidden.tolist()]
         tokens, positions = tokens.tolist(), positions.tolist()
-        for slot, pair, token in zip(slots, inputs, tokens, strict=True):
-            pool[slot] = layer_kv(layer, pair, token)
         out = []
         for owner, slot, pair, token, position in zip(self.owners, slots, inputs, tokens, positions, strict=True):
             first = max(0, position - EARLIER_KEYS)
@@ -125,8 +127,13 @@ class ToyMTP:
             out.append(layer_row(layer, pair, token, [pool.get(at, 0) for at in seen]))
         return torch.tensor(out, dtype=torch.int64).view(-1, 2)
 
+    def write_kv(self, layer: int, tokens: Tensor, positions: Tensor, hidden: Tensor, batch) -> None:
+        for slot, pair, token in zip(batch.out_cache_loc.tolist(), hidden.tolist(), tokens.tolist(), strict=True):
+            self.pools[layer][slot] = layer_kv(layer, tuple(pair), token)
+
     def compute_logits(self, layer: int, rows: Tensor) -> Tensor:
         """[B, V]."""
+        self.predicted += len(rows)
         logits = [draft_logits((state, digest))[None] for state, digest in rows.tolist()]
         return torch.cat([torch.empty(0, VOCAB), *logits])
 

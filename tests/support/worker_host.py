@@ -114,6 +114,7 @@ def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: boo
     monkeypatch.setattr(verify, "eagle_prepare_for_verify", prepare_for_verify)
     monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
     if full_width:
+        monkeypatch.setattr(draft, "writes_kv_alone", lambda runner: False)
         monkeypatch.setattr(worker, "verify_width", lambda offered, num_steps, device: 1 + num_steps)
         monkeypatch.setattr(worker, "pass_rows", lambda needed, captured, device: max(needed, captured))
     pool = Pool()

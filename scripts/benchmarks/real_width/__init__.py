@@ -1,1 +1,1 @@
-"""A file of the published widths, opened: load time, resident memory, first tokens."""
+"""A CPU server at real widths, against llama.cpp and transformers, and a file of the published widths, opened."""

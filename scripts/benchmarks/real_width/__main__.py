@@ -1,170 +1,158 @@
-"""A file of the published widths, opened: load time, resident memory against file size, first tokens.
+"""A CPU server at real widths: this package, llama.cpp and transformers on the same weights.
 
-    python -m scripts.benchmarks.real_width --formats Q4_0 Q8_0 int4 --layers 2
+    python -m scripts.benchmarks.real_width --folder FILES --results FILE.json [--only ours/bf16 bandwidth]
+        [--llama-server PATH] [--plot FILE.png] [--list]
 
-Hidden 4096, 288 experts of 1280, 64 and 96 heads of 128, vocabulary 128,896: a dense layer and `--layers` - 1 with
-experts (2.5 GB each in Q4_0). Written once into --folder, served by `sglang serve --device cpu` in float32 arithmetic,
-and compared with a plain reference on weights that other libraries dequantise. Prints a table and, as the last line,
-JSON. Needs free disk for the files and about 4 GB of memory beside them.
+The 0.9B checkpoint (`drafted.py`: hidden 1024, 12 + 3 layers, 64 experts of 320, drafts accepted as often as nano's) in
+bf16, Q8_0 and Q4_0: speculation off, MTP, adaptive; 1, 4 and 16 clients; prompts of 512 and of 4,096 tokens, which
+several clients share but for their last 64. Then a slice of the published widths, a dense layer and one with experts,
+layer by layer, with a projection of all 45. `--list` names the pieces; `--only` runs some, each within minutes, and the
+results gather in one file. Prints a table and, as the last line, JSON.
 """
 
 import argparse
 import json
-import re
-import shutil
+import os
+import subprocess
+import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-import gguf
-import psutil
-import torch
+from scripts.benchmarks.real_width import bandwidth, checkpoint, clients, drafted, report, traffic
+from scripts.benchmarks.real_width.cells import MODES, SLICES, TAIL, TOKENS, Cell, Results, cells, chosen, extras
+from scripts.benchmarks.real_width.files import drafted_file, slice_file
+from sglang_step35.bench.servers import Server, ServerPool, free_port, start, stop, wait_until_healthy
 
-from scripts.benchmarks.real_width import checkpoint, reference
-from sglang_step35.bench.servers import Server, ServerPool
-
-PROMPT = [3000, 17, 99, 120_000, 5, 88_888, 64, 2, 777, 31_415, 9, 41]
-INT4 = "int4"
-TOLERANCE = 1e-3  # of a log-probability; float32 sums of 4096 terms in another order
-MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Memory:
-    """MiB of all the server's processes. mapped: pages of the checkpoint, counted once; private: what they wrote."""
-
-    mapped: int
-    private: int
-
-
-@dataclass(frozen=True)
-class Result:
-    format: str
-    file_mib: int
-    load_s: float  # SGLang's own figure: reading and placing the weights
-    start_s: float  # from the command to a healthy server
-    loaded: Memory
-    served: Memory  # after the tokens
-    tokens_s: float  # for prompt and tokens
-    ids: list[int]
-    reference_ids: list[int]
-    logprob_difference: float
-
-    @property
-    def right(self) -> bool:
-        return self.ids == self.reference_ids and self.logprob_difference < TOLERANCE
+SLOTS, CONTEXT = 16, 4608
+SERVER_ARGS = (
+    "--device", "cpu", "--dtype", "bfloat16", "--skip-tokenizer-init", "--context-length", str(CONTEXT),
+    "--max-running-requests", str(SLOTS), "--max-total-tokens", "32768", "--skip-server-warmup",
+)  # fmt: skip
+SLICE_ROWS = ("1", "4")
 
 
 def main() -> None:
     options = parse_options()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="real-width-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = checkpoint.slice_fields(options.layers, options.vocabulary)
-    results = []
-    try:
-        for form in options.formats:
-            results.append(measure(form, write(form, folder, fields), fields, options))
-            print(line(results[-1]) if len(results) > 1 else f"{HEADER}\n{line(results[-1])}", flush=True)
-    finally:
-        if options.folder is None:
-            shutil.rmtree(folder)
-    print(json.dumps({"layers": options.layers, "results": [asdict(r) | {"right": r.right} for r in results]}))
+    plan = cells(options.llama_server is not None)
+    if options.list:
+        print(*extras(), *(cell.name for cell in plan), sep="\n")
+        return
+    results = Results(options.results)
+    with tempfile.TemporaryDirectory() as logs:
+        pool = ServerPool(Path(logs), alive=1)
+        try:
+            for name in (name for name in extras() if chosen(name, options.only)):
+                results.add(name, run_extra(name, options))
+            for cell in (cell for cell in plan if chosen(cell.name, options.only)):
+                results.add(cell.name, run(cell, pool, Path(logs), options))
+                print(report.line(cell.name, results.found[cell.name], results.found.get("bandwidth")), flush=True)
+        finally:
+            pool.stop_all()
+    print(*report.table(results.found), sep="\n")
+    if options.plot:
+        report.plot(results.found, options.plot)
+    print(json.dumps({"bench": "real_width", "threads": options.threads, "results": results.found}))
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = [kind.name for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
-    parser.add_argument("--formats", nargs="+", default=["Q4_0", INT4], choices=[*kinds, INT4])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=128_896)
-    parser.add_argument("--tokens", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="keeps the files, and takes those already there")
+    parser.add_argument("--folder", type=Path, default=Path("real-width"), help="keeps the files (14 GB)")
+    parser.add_argument("--results", type=Path, default=Path("real-width.json"), help="grows with every piece")
+    parser.add_argument("--only", nargs="+", help="pieces by name, beginning or shell pattern")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
+    parser.add_argument("--llama-args", default="", help="more arguments of it, separated by spaces")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--tokens", type=int, help="decoded by each client, instead of what suits their number")
+    parser.add_argument("--plot", type=Path, help="also write a PNG here")
+    parser.add_argument("--list", action="store_true", help="name the pieces and stop")
     return parser.parse_args()
 
 
-def write(form: str, folder: Path, fields: dict) -> Path:
-    """The checkpoint in a format, unless it is there."""
-    shape = f"{fields['num_hidden_layers']}x{fields['vocab_size']}"
-    target = folder / (f"{shape}-{INT4}" if form == INT4 else f"{shape}-{form}.gguf")
-    if target.exists():
-        return target
-    partial, started = target.with_name(f"partial-{target.name}"), time.monotonic()
-    if form == INT4:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        checkpoint.write_int4(partial, fields)
+def run_extra(name: str, options: argparse.Namespace):
+    kind, _, form = name.partition("/")
+    if kind == "bandwidth":
+        return bandwidth.measure(options.threads)
+    fields = checkpoint.slice_fields(layers=2, vocabulary=128_896)
+    is_slice = form in SLICES
+    file = slice_file(form, options.folder, fields) if is_slice else drafted_file(form, options.folder)
+    weights = traffic.read(file, fields if is_slice else drafted.fields())
+    if kind == "write":
+        return {"mb": round(sum(traffic.sizes(file).values()) / 1e6)}
+    times = module(options, "layers", str(file), *SLICE_ROWS)
+    read = {rows: [weights.layer(0, int(rows)), weights.layer(1, int(rows)), weights.head] for rows in times}
+    return {rows: {"ms": ms, "mb": [round(size / 1e6, 1) for size in read[rows]]} for rows, ms in times.items()}
+
+
+def module(options: argparse.Namespace, name: str, *arguments: str):
+    """What a module of this folder prints, run in a process of its own."""
+    command = [sys.executable, "-m", f"scripts.benchmarks.real_width.{name}", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(cell: Cell, pool: ServerPool, logs: Path, options: argparse.Namespace) -> dict:
+    file, config = drafted_file(cell.form, options.folder), drafted.fields()
+    weights, tokens = traffic.read(file, config), options.tokens or TOKENS[cell.clients]
+    if cell.engine == "transformers":
+        start_at = str(starts(cell)[0])
+        rates = module(options, "generate", str(file), start_at, str(cell.prompt), str(tokens))
+        return rates | {"accept": None, "mb_per_token": round(weights.step(1) / 1e6, 1)}
+    texts = prompts(cell, config["vocab_size"])
+    if cell.engine == "llama.cpp":
+        with llama(file, logs, options) as server:
+            rates = clients.measure(server, clients.ask_llama, texts, tokens, cell.shared)
     else:
-        checkpoint.write_gguf(partial, fields, gguf.GGMLQuantizationType[form])
-    partial.rename(target)
-    print(f"wrote {target.name}: {size(target) / MIB:.0f} MiB in {time.monotonic() - started:.0f} s", flush=True)
-    return target
+        threads = {"OMP_NUM_THREADS": str(options.threads)}
+        server = pool.get("--model-path", str(file), *SERVER_ARGS, *MODES[cell.mode], **threads)
+        server.post("/flush_cache", {})
+        clients.ask_sglang(server, drafted.text(config["vocab_size"], 0, 64), 16, 0)  # first passes are slow
+        rates = clients.measure(server, clients.ask_sglang, texts, tokens, cell.shared)
+    return asdict(rates) | {"mb_per_token": megabytes(cell, weights, rates.accept)}
 
 
-def size(target: Path) -> int:
-    return sum(file.stat().st_size for file in files_of(target))
+def megabytes(cell: Cell, weights: traffic.Traffic, accept: float | None) -> float | None:
+    """Weights read for a token, where routing is uniform; None where the depth of drafting varies."""
+    if cell.mode == "adaptive":
+        return None
+    steps = 3 if cell.mode == "mtp" else 0
+    read = weights.step(cell.clients * (1 + steps)) + (weights.drafts() if steps else 0)
+    return round(read / cell.clients / (accept or 1) / 1e6, 1)
 
 
-def files_of(target: Path) -> list[Path]:
-    return sorted(target.glob("*.safetensors")) if target.is_dir() else [target]
+def prompts(cell: Cell, size: int) -> list[list[int]]:
+    """For each client, text of its own; of a shared prompt only the last TAIL tokens."""
+    first, *_ = all_starts = starts(cell)
+    if not cell.shared:
+        return [drafted.text(size, at, cell.prompt) for at in all_starts]
+    common = drafted.text(size, first, cell.prompt - TAIL)
+    return [common + drafted.text(size, at, TAIL) for at in all_starts]
 
 
-def measure(form: str, target: Path, fields: dict, options: argparse.Namespace) -> Result:
-    with tempfile.TemporaryDirectory() as logs:
-        pool, started = ServerPool(Path(logs)), time.monotonic()
-        try:
-            server = pool.get(
-                "--model-path", str(target), "--device", "cpu", "--dtype", "float32", "--skip-tokenizer-init",
-                "--context-length", "1024", "--max-total-tokens", "4096", "--skip-server-warmup", "--sleep-on-idle",
-            )  # fmt: skip
-            start_s, loaded = time.monotonic() - started, memory(server, target)
-            started = time.monotonic()
-            sampling = {"temperature": 0, "max_new_tokens": options.tokens, "ignore_eos": True}
-            body = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True}
-            answer = server.post("/generate", body, timeout=1800).json()
-            tokens_s, served = time.monotonic() - started, memory(server, target)
-            load_s = float(re.findall(r"Load weight end. elapsed=([\d.]+) s", server.log.read_text())[0])
-        finally:
-            pool.stop_all()
-    read = reference.int4_reader(target) if form == INT4 else reference.gguf_reader(target)
-    ids = answer["output_ids"]
-    expected = reference.logprobs(read, fields, [*PROMPT, *ids[:-1]], len(PROMPT) - 1)
-    found = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
-    difference = (expected.gather(1, torch.tensor(ids)[:, None])[:, 0] - found).abs().max()
-    return Result(
-        form, size(target) // MIB, load_s, round(start_s, 1), loaded, served, round(tokens_s, 1), ids,
-        expected.argmax(-1).tolist(), float(difference),
-    )  # fmt: skip
+def starts(cell: Cell) -> list[int]:
+    return [1000 + 1900 * client + cell.prompt for client in range(cell.clients)]
 
 
-def memory(server: Server, target: Path) -> Memory:
-    """From the kernel's account of every mapping."""
-    root, ours = psutil.Process(server.process.pid), {str(file.resolve()) for file in files_of(target)}
-    private = 0
-    mapped: dict[str, int] = {}
-    for process in (root, *root.children(recursive=True)):
-        for mapping in process.memory_maps(grouped=True):
-            if mapping.path in ours:
-                # Processes share these pages: the one that has touched most stands for all.
-                mapped[mapping.path] = max(mapped.get(mapping.path, 0), mapping.rss - mapping.anonymous)
-                private += mapping.anonymous
-            else:
-                private += mapping.private_dirty
-    return Memory(sum(mapped.values()) // MIB, private // MIB)
-
-
-HEADER = (
-    f"{'format':8}{'file MiB':>9}{'load s':>8}{'start s':>8}{'mapped, private MiB':>21}"
-    f"{'after tokens':>15}{'tokens s':>9}{'logprob':>9}  first tokens"
-)
-
-
-def line(r: Result) -> str:
-    verdict = "right" if r.right else f"WRONG: {r.reference_ids} expected"
-    return (
-        f"{r.format:8}{r.file_mib:9d}{r.load_s:8.2f}{r.start_s:8.1f}{r.loaded.mapped:12d}{r.loaded.private:9d}"
-        f"{r.served.mapped:8d}{r.served.private:7d}{r.tokens_s:9.1f}{r.logprob_difference:9.0e}  {r.ids} {verdict}"
-    )
+@contextmanager
+def llama(file: Path, logs: Path, options: argparse.Namespace) -> Iterator[Server]:
+    """llama.cpp's server with SLOTS slots, on the GGUF file; for bf16 on one of that type."""
+    port, log = free_port(), logs / "llama-server.log"
+    if file.is_dir():
+        file = drafted_file("BF16", options.folder)
+    command = [
+        str(options.llama_server), "-m", str(file), "--port", str(port), "--host", "127.0.0.1",
+        "-t", str(options.threads), "-tb", str(options.threads), "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT),
+        *options.llama_args.split(),
+    ]  # fmt: skip
+    server = Server(tuple(command), f"http://127.0.0.1:{port}", log, start(command, dict(os.environ), log))
+    try:
+        wait_until_healthy(server)
+        yield server
+    finally:
+        stop(server)
 
 
 if __name__ == "__main__":

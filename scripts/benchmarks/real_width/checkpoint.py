@@ -1,12 +1,13 @@
-"""Random weights of the published widths, few layers, written as they are made: GGUF and 4-bit compressed-tensors.
+"""Random weights, written as they are made: GGUF, bfloat16 and 4-bit compressed-tensors. `slice_fields`: a few layers
+of the published widths.
 
-Letters: E experts, N output rows, K input columns. Both formats quantise the same weights.
+Letters: E experts, N output rows, K input columns. All formats hold the same weights.
 """
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sglang_step35.assets import PUBLISHED_CONFIG
 from tests.support import quantised
-from tests.support.gguf_files import ALWAYS_F32, add_value, gguf_name, metadata_of, rope_freqs
+from tests.support.gguf_files import ALWAYS_F32, add_value, gguf_name, metadata_of, packed_bytes, rope_freqs
 
 LISTS = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
 SHARD = 1 << 30  # bytes of a safetensors file, about
@@ -28,16 +30,19 @@ GROUP = 128
 @dataclass(frozen=True)
 class Matrix:
     """A tensor by its published name. shape: [N, K], [E, N, K] of routed experts, or [N]. mean and gain: of a normal
-    distribution, of standard deviation gain / sqrt(K).
+    distribution, of standard deviation gain / sqrt(K). made: its values, where they are not random.
     """
 
     name: str
     shape: tuple[int, ...]
     gain: float = 1.0
     mean: float = 0.0
+    made: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def part(self, index: int = 0) -> np.ndarray:
         """The whole of it, or one expert, in float32; the same in every format."""
+        if self.made is not None:
+            return self.made
         shape = self.shape[-2:]
         chance = np.random.default_rng([zlib.crc32(self.name.encode()), index])
         values = chance.standard_normal(shape, dtype=np.float32)
@@ -65,7 +70,7 @@ def matrices(fields: dict[str, Any]) -> Iterator[Matrix]:
     yield Matrix("model.embed_tokens.weight", (vocabulary, hidden), gain=hidden**0.5)
     yield Matrix("model.norm.weight", (hidden,), gain=0.1)
     yield Matrix("lm_head.weight", (vocabulary, hidden), gain=3.0)
-    for index in range(fields["num_hidden_layers"]):
+    for index in range(fields["num_hidden_layers"] + fields["num_nextn_predict_layers"]):
         prefix = f"model.layers.{index}."
         yield from (Matrix(prefix + name, *rest) for name, *rest in _layer(fields, index))
 
@@ -75,6 +80,9 @@ def _layer(fields: dict[str, Any], index: int) -> Iterator[tuple]:
     sliding = fields["layer_types"][index] == "sliding_attention"
     heads = (fields["attention_other_setting"] if sliding else fields)["num_attention_heads"]
     keys = fields["num_attention_groups"] * dim
+    if index >= fields["num_hidden_layers"]:
+        yield "eh_proj.weight", (hidden, 2 * hidden)
+        yield from ((f"{name}.weight", (hidden,), 0.1) for name in ("enorm", "hnorm", "shared_head.norm"))
     yield from ((f"{name}_layernorm.weight", (hidden,), 0.1) for name in ("input", "post_attention"))
     yield from ((f"self_attn.{name}_norm.weight", (dim,), 0.1, 0.8) for name in "qk")
     yield "self_attn.q_proj.weight", (heads * dim, hidden)
@@ -96,12 +104,12 @@ def _swiglu(module: str, width: int, hidden: int, *experts: int) -> Iterator[tup
     yield f"{module}.down_proj.weight", (*experts, hidden, width)
 
 
-def write_gguf(file: Path, fields: dict[str, Any], kind: GGMLQuantizationType) -> None:
+def write_gguf(file: Path, fields: dict[str, Any], kind: GGMLQuantizationType, entries: list[Matrix]) -> None:
     """llama.cpp's layout, one tensor in memory at a time; matrices in `kind`, vectors and routers in float32."""
     writer = GGUFWriter(file, "step35")
-    for key, value in metadata_of(fields, mtp=False).items():
+    for key, value in (metadata_of(fields, mtp=True) | tokenizer(fields["vocab_size"])).items():
         add_value(writer, key, value)
-    divisors, entries = rope_freqs(fields), list(matrices(fields))
+    divisors = rope_freqs(fields)
     writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
     for matrix in entries:
         shape = _byte_shape(matrix, kind)
@@ -129,17 +137,49 @@ def _gguf_data(matrix: Matrix, kind: GGMLQuantizationType) -> np.ndarray:
         return matrix.part() + np.float32(matrix.name.endswith("norm.weight"))
     data = np.empty((matrix.parts, *shape[-2:]), dtype=np.uint8)
     for index in range(matrix.parts):
-        data[index] = gguf.quants.quantize(matrix.part(index), kind)
+        data[index] = packed_bytes(matrix.part(index), kind, index)
     return data.reshape(shape)
+
+
+def tokenizer(size: int) -> dict[str, Any]:
+    """A byte-level BPE without merges: llama.cpp refuses a file without a tokenizer."""
+    letters = list(bytes_to_unicode().values())
+    keys = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [letters[i] if i < len(letters) else f"<{i}>" for i in range(size)],
+        "token_type": [int(gguf.TokenType.NORMAL)] * size,
+        "merges": [f"{letters[0]} {letters[1]}"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "add_bos_token": False,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
+def write_bf16(folder: Path, fields: dict[str, Any], entries: list[Matrix]) -> None:
+    """Safetensors as published: experts in stacks, everything in bfloat16 but the routers' bias."""
+    (folder / "config.json").write_text(json.dumps(fields))
+    _write_shards(folder, ((matrix.name, _bf16(matrix)) for matrix in entries))
+
+
+def _bf16(matrix: Matrix) -> torch.Tensor:
+    parts = [torch.from_numpy(matrix.part(index)) for index in range(matrix.parts)]
+    dtype = torch.float32 if matrix.name.endswith("router_bias") else torch.bfloat16
+    return torch.stack(parts).view(matrix.shape).to(dtype)
 
 
 def write_int4(folder: Path, fields: dict[str, Any]) -> None:
     """pack-quantized W4A16, groups of 128, each expert by itself; embedding, head, gates and routers in bfloat16."""
     scheme = quantised.compressed(4, GROUP)
     (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": scheme.config}))
+    _write_shards(folder, _int4_tensors(fields, scheme.pack))
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     shard: dict[str, torch.Tensor] = {}
     listed: dict[str, str] = {}
-    for name, tensor in _int4_tensors(fields, scheme.pack):
+    for name, tensor in tensors:
         if sum(held.nbytes for held in shard.values()) > SHARD:
             listed |= _save(folder, shard, len(set(listed.values())))
             shard = {}

@@ -103,18 +103,22 @@ class PortableAttnBackend(AttentionBackend):
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
 
+    def write_kv(self, k: Tensor, v: Tensor, layer, forward_batch) -> None:
+        """Put keys and values [T, N, D] of the planned rows into the pool."""
+        slots = KVWriteLoc(forward_batch.out_cache_loc, self._swa_out_loc)
+        self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v)
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer, forward_batch, save_kv_cache: bool) -> Tensor:
         """q: [T, H * D]. k, v: [T, N, D]. Returns [T, H * D]; rows behind the planned ones (padding) are 0."""
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER or layer.logit_cap:
             raise NotImplementedError(
                 f"attention backend {ATTENTION_BACKEND} computes causal decoder attention without logit cap"
             )
-        pool = self.token_to_kv_pool
         if save_kv_cache and k is not None:
-            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self._swa_out_loc), k, v)
+            self.write_kv(k, v, layer, forward_batch)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        keys, values = pool.get_kv_buffer(layer.layer_id)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         reader = self._reader.of_layer(keys, values)
         for call in self._calls_for(layer, keys[0].nbytes):
             call.run(q, reader, layer.scaling, out)

@@ -1,0 +1,72 @@
+"""Milliseconds of every layer of a packed checkpoint for a step of a few rows, with 512 keys a row.
+
+    python -m scripts.benchmarks.real_width.layers FILE [ROWS ...]
+
+Prints JSON {rows: [milliseconds of each layer .., of embedding and head]}. Tokens are random and weights larger than
+the caches, so that every step reads other experts from memory.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from torch import Tensor, nn
+
+from tests.support import model_host
+
+KEYS = 512
+WARM, STEPS = 3, 25
+
+
+class Context:
+    """An attention backend whose requests all have the same 512 keys."""
+
+    def __init__(self):
+        self.keys: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_unused) -> Tensor:
+        heads, groups, dim = layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
+        if self.keys is None:
+            self.keys = torch.randn(2, 1, groups, KEYS, dim, dtype=q.dtype).unbind()
+        q = q.view(1, -1, heads, dim).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, *self.keys, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, rows: int) -> list[float]:
+    """Medians."""
+    marks: list[float] = []
+    hooks = []
+    for layer in model.model.layers:
+        hooks.append(layer.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())))
+        hooks.append(layer.register_forward_hook(lambda *_: marks.append(time.perf_counter())))
+    steps, backend = [], Context()
+    for _ in range(WARM + STEPS):
+        batch = model_host.batch_of(torch.randint(0, model.spec.vocab_size, (rows,)).tolist())
+        marks.clear()
+        with forward_context(ForwardContext(attn_backend=backend), forward_batch=batch):
+            started = time.perf_counter()
+            model.lm_head.quant_method.apply(model.lm_head, model.model(batch.input_ids, batch.positions, batch)[0])
+            whole = time.perf_counter() - started
+        layers = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
+        steps.append([*layers, whole - sum(layers)])
+    for hook in hooks:
+        hook.remove()
+    return [round(1000 * statistics.median(times), 3) for times in zip(*steps[WARM:], strict=True)]
+
+
+def main(path: str, *rows: str) -> None:
+    file = Path(path)
+    model = (model_host.load_gguf if file.is_file() else model_host.load)(file, dtype="bfloat16")
+    if any(layer.runs_single_rank for layer in [model.model]):
+        raise ValueError(f"{file}: not packed; its layers are not called one by one")
+    print(json.dumps({int(count): measure(model, int(count)) for count in rows or ("1",)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

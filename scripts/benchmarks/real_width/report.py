@@ -1,0 +1,85 @@
+"""Table, picture and projection of the results."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmarks.real_width.cells import CLIENTS, SLICES
+
+MACHINES = (120, 256)  # GB/s of memory to project to
+DENSE, LAYERS = 3, 45  # of the published model
+HEADER = f"{'':32}{'prefill tok/s':>14}{'decode tok/s':>14}{'accept':>8}{'MB/token':>10}{'of bandwidth':>14}"
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    if "bandwidth" in found:
+        yield f"read bandwidth measured: {found['bandwidth']} GB/s"
+    yield HEADER
+    for name, cell in found.items():
+        if isinstance(cell, dict) and "decode" in cell:
+            yield line(name, cell, found.get("bandwidth"))
+    for form in SLICES:
+        if f"layers/{form}" in found:
+            yield from _slice(form, found[f"layers/{form}"], found.get("bandwidth"))
+
+
+def line(name: str, cell: dict[str, Any], bandwidth: float | None) -> str:
+    prefill, accept, read = (_number(cell.get(key)) for key in ("prefill", "accept", "mb_per_token"))
+    used = share(cell.get("mb_per_token"), cell["decode"], bandwidth)
+    return f"{name:32}{prefill:>14}{cell['decode']:14.1f}{accept:>8}{read:>10}{used:>14}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def share(megabytes: float | None, rate: float, bandwidth: float | None) -> str:
+    return "-" if megabytes is None or bandwidth is None else f"{megabytes * rate / 1000 / bandwidth:.2f}"
+
+
+def _slice(form: str, measured: dict[str, Any], bandwidth: float | None) -> Iterator[str]:
+    """measured: {rows: {"ms": [..], "mb": [..]}} of the dense layer, the one with experts, and the head."""
+    for rows, step in measured.items():
+        for part, ms, mb in zip(("dense layer", "expert layer", "head"), step["ms"], step["mb"], strict=True):
+            used = share(mb, 1000 / ms, bandwidth)
+            yield f"{form} {part}, {rows} rows: {ms:.2f} ms, {mb:.1f} MB, {used} of the bandwidth"
+    if bandwidth is None or "1" not in measured:
+        return
+    for machine in MACHINES:
+        ms, rate = project(measured["1"], bandwidth, machine)
+        yield (
+            f"{form} PROJECTED, not measured: {LAYERS} layers at {machine} GB/s: {ms:.0f} ms a token, {rate:.1f} tok/s "
+            f"without speculation"
+        )
+
+
+def project(step: dict[str, list[float]], here: float, there: float) -> tuple[float, float]:
+    """(milliseconds a token, tokens per second) of the published model where every part keeps its share of bandwidth.
+
+    step: ms of the dense layer, the expert layer and the head. here, there: GB/s. Full and sliding layers count alike.
+    """
+    dense, experts, head = step["ms"]
+    ms = (DENSE * dense + (LAYERS - DENSE) * experts + head) * here / there
+    return ms, 1000 / ms
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Decode rates at the shorter prompt, a panel for each number of clients."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, row = pyplot.subplots(1, len(CLIENTS), figsize=(4 * len(CLIENTS), 4.5), squeeze=False)
+    for axes, clients in zip(row[0], CLIENTS, strict=True):
+        end = f"/c{clients}/p512"
+        rates = {name.removesuffix(end): cell["decode"] for name, cell in found.items() if name.endswith(end)}
+        bars = axes.barh(list(rates), list(rates.values()))
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(f"{clients} clients" if clients > 1 else "1 client")
+        axes.set_xlabel("tokens per second, all clients")
+        axes.tick_params(labelsize=8)
+    figure.suptitle("0.9B checkpoint, prompts of 512 tokens, decode")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
