@@ -1,4 +1,4 @@
-"""Every API says how many of a prompt's tokens the prefix cache held; whole and streamed, as the native endpoint does."""
+"""Every API says how many of a prompt's tokens the prefix cache held; whole and streamed."""
 
 import asyncio
 import json
