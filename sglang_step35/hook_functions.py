@@ -81,6 +81,22 @@ def get_model_loader(get_loader, load_config, model_config=None):
     return Step35GGUFLoader(load_config)
 
 
+def keep_sliding_pools(server_args, hf_config) -> dict:
+    """What the user set, where SGLang gives sliding layers as many slots as full ones for a hierarchical cache.
+
+    It did so before its host pools knew sliding windows; a Step-3.5 would need four times the KV memory.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    given = resolving_view(server_args)
+    if not given.enable_hierarchical_cache:
+        return {}
+    return {
+        "swa_full_tokens_ratio": given.swa_full_tokens_ratio,
+        "disable_hybrid_swa_memory": given.disable_hybrid_swa_memory,
+    }
+
+
 def serves_mtp(server_args) -> bool:
     """Whether these server arguments make our MTP worker serve."""
     from sglang.srt.arg_groups.model_override_base import model_config_of

@@ -223,6 +223,7 @@ def _portable_hooks() -> list[Hook]:
     """Kernels and choices without a platform method, on CPUs."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
+    from sglang_step35.hicache.portable_host import host_pool_class
     from sglang_step35.platform.cores import bind_rank, part_of_memory
     from sglang_step35.platform.process_start import launch_by_fork
     from sglang_step35.platform.seeds import hash32, keep_seeds
@@ -234,6 +235,13 @@ def _portable_hooks() -> list[Hook]:
     return [
         Hook(f"{_ALLOCATION}.assign_req_to_token_pool_func", "replace", assign_req_to_token, why=triton, until=method),
         Hook(f"{_ALLOCATION}.get_last_loc", "replace", get_last_loc_torch, why=triton, until=method),
+        Hook(
+            "sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls",
+            "after",
+            host_pool_class,
+            why="host pools of the hierarchical cache pin memory and copy with CUDA's kernels",
+            until="platforms name the host pool beside get_kv_pool_cls",
+        ),
         Hook(
             f"{_SAMPLING}.adjusted_from_schedule_batch",
             "after",

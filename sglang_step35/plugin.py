@@ -61,6 +61,7 @@ def _register() -> None:
     register_parsers()
     hooks.install()
     _register_tree_core()
+    _register_overrides()
     _register_attention_backends()
     _register_quantizations()
 
@@ -111,6 +112,16 @@ def _register_tree_core() -> None:
 
     if get_tree_core_factory(TREE_CORE) is None:
         register_tree_core_backend(TREE_CORE, LookaheadTreeCore)
+
+
+def _register_overrides() -> None:
+    """Applied after SGLang's own for the same architectures; the last one counts."""
+    from sglang.srt.arg_groups.model_override_base import register_model_override_predicate
+
+    from sglang_step35 import names
+    from sglang_step35.hook_functions import keep_sliding_pools
+
+    register_model_override_predicate(names.ARCHITECTURES.__contains__)(keep_sliding_pools)
 
 
 def _register_attention_backends() -> None:

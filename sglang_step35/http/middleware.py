@@ -33,9 +33,14 @@ OPENING = {"message_start", "ping", "response.created", "response.queued", "resp
 
 
 def install(_result=None, server_args=None) -> None:
-    """After SGLang's last step before it starts the HTTP server: the app is complete by then."""
-    from sglang.srt.entrypoints.http_server import app
+    """After SGLang's last step before it starts the HTTP server: the app is complete by then.
 
+    Every API reports the prompt tokens that the prefix cache held, as with `--enable-cache-report`.
+    """
+    from sglang.srt.entrypoints.http_server import app
+    from sglang.srt.runtime_context import get_context
+
+    get_context().override("sglang_step35.http", enable_cache_report=True)
     if any(entry.cls is ErrorFormat for entry in app.user_middleware):
         return
     app.add_middleware(ErrorFormat)

@@ -143,7 +143,9 @@ def _generate_reply(text: str, thinking: str, calls: list[dict]) -> dict:
 
 
 def _end(finish_reason: str | None, usage: dict | None, started: int) -> dict:
+    """Added to Ollama's counts: how many of the prompt's tokens were cached, which its clients pass over."""
     usage = usage or {}
+    details = usage.get("prompt_tokens_details") or {}
     passed = time.time_ns() - started
     return {
         "done": True,
@@ -151,6 +153,7 @@ def _end(finish_reason: str | None, usage: dict | None, started: int) -> dict:
         "total_duration": passed,
         "load_duration": 0,
         "prompt_eval_count": usage.get("prompt_tokens"),
+        "prompt_cached_count": details.get("cached_tokens"),
         "prompt_eval_duration": 0,
         "eval_count": usage.get("completion_tokens"),
         "eval_duration": passed,

@@ -9,11 +9,12 @@ A round of a request with m committed positions and the bonus token x_m:
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-from sglang.srt.runtime_context import attention_backends, get_parallel, get_spec
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.runtime_context import attention_backends, get_memory, get_parallel, get_spec
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftMode, HiCacheDraftPlan
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
+from sglang_step35.hicache.layer_pools import layer_pools
 from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
@@ -71,7 +72,9 @@ class Step35SpecWorker(BaseSpecWorker):
 
     @property
     def draft_swa_window(self) -> int:
-        """Earlier positions the MTP rows before the committed length still read."""
+        """Earlier positions the MTP rows before the committed length still read in the sliding layers' own pool."""
+        if not self._target_worker.is_hybrid_swa:
+            return 0
         earlier_keys = self._target_worker.model_runner.sliding_window_size
         return self.settings.retained(earlier_keys) if earlier_keys else 0
 
@@ -90,6 +93,25 @@ class Step35SpecWorker(BaseSpecWorker):
         set_lag(req_to_token_pool, self.store.lag.of)
         self.depths = DepthPlanner(self.settings, ranks=self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
+
+    def _build_hicache_draft_plan(self) -> HiCacheDraftPlan:
+        """Every MTP layer's KV is written back and loaded with the backbone's."""
+        plan = super()._build_hicache_draft_plan()
+        if plan.mode is HiCacheDraftMode.NONE:
+            return plan
+        if plan.mode is not HiCacheDraftMode.PACKED:
+            raise ValueError(
+                f"--enable-hierarchical-cache would keep the MTP layers' KV in a pool of kind {plan.mode.value!r}, "
+                "which the MTP worker does not wait for: leave --enable-unified-memory out"
+            )
+        if get_memory().hicache_storage_backend is not None:
+            raise ValueError(
+                "--hicache-storage-backend names a page of KV by its tokens and one more, but MTP layers depend on "
+                f"{self.settings.num_steps} more: leave it out, or serve without --speculative-algorithm"
+            )
+        pools = layer_pools(self._draft_worker.draft_runner.token_to_kv_pool)
+        self._target_worker.model_runner.mtp_draft_device_pools = pools
+        return HiCacheDraftPlan(plan.mode, pools)
 
     def forward_batch_generation(self, batch, on_publish=None, grammar_barrier=None, pp_proxy_tensors=None):
         """One scheduler step: a prefill (chunk) or one round of verify and draft."""

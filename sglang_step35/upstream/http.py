@@ -22,6 +22,11 @@ ROWS = (
         "sglang.srt.managers.io_struct",
         takes("SessionParams", "id rid offset replace drop_previous_output"),
     ),
+    *module(
+        "sglang.srt.runtime_context",
+        takes("RuntimeContext.override", "self source **fields"),
+        takes("get_context", ""),
+    ),
     # Anthropic.
     *module(
         "sglang.srt.entrypoints.anthropic.serving",

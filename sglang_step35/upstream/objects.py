@@ -48,7 +48,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.managers.tp_worker",
-        has("TpModelWorker", "model_config model_runner sliding_window_size"),
+        has("TpModelWorker", "is_hybrid_swa model_config model_runner sliding_window_size"),
     ),
     *module(
         "sglang.srt.server_args",

@@ -105,6 +105,13 @@ def test_the_last_line_counts():
     assert last.total_duration > 0 and last.load_duration == 0 and last.eval_duration > 0
 
 
+@pytest.mark.parametrize(("details", "cached"), [({"cached_tokens": 5}, 5), (None, None)])
+def test_cached_tokens_are_counted_beside_ollamas_own_fields(details, cached):
+    usage = USAGE | {"prompt_tokens_details": details}
+    last = lines([chunk(content="a"), chunk(finish="stop", usage=usage), DONE])[-1]
+    assert (last["prompt_eval_count"], last["prompt_cached_count"]) == (11, cached)
+
+
 def test_counts_of_the_last_chunk_stand_though_others_hold_none():
     chunks = [chunk(content="a", usage={**USAGE, "completion_tokens": 3}), chunk(content="b", usage=USAGE)]
     assert streamed([*chunks, chunk(finish="stop"), DONE])[-1].eval_count == 7

@@ -24,6 +24,7 @@ COMMON_ARGS = (
 # Of flags given twice the last one counts.
 OFF_ARGS = (*COMMON_ARGS, "--disable-radix-cache")
 SMALL_ARGS = (*COMMON_ARGS, "--max-total-tokens", "2048", "--swa-full-tokens-ratio", "0.25")
+HOST_ARGS = (*SMALL_ARGS, "--enable-hierarchical-cache", "--hicache-ratio", "4")
 COUNTER = re.compile(r"^sglang:evicted_tokens_total\{.*\} (\S+)$", re.M)
 
 
@@ -43,6 +44,7 @@ class Outcome:
     accepted: tuple[int, ...]  # rounds that accepted 0, 1, 2, 3 drafts
     cached: int
     retractions: int
+    loaded: int = 0  # of the cached tokens, those that came from host memory or a file
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Report:
     requests: int = 0
     hits: int = 0
     cached_tokens: int = 0
+    loaded_tokens: int = 0
     retracted: int = 0
     differing_ids: int = 0
     differing_histograms: int = 0
@@ -120,7 +123,9 @@ def outcome(answer: dict) -> Outcome:
     meta = answer["meta_info"]
     retractions = meta.get("num_retractions") or 0
     ids, accepted = tuple(answer["output_ids"]), tuple(histogram(answer))
-    return Outcome(ids, accepted, meta["cached_tokens"], retractions)
+    sources = meta.get("cached_tokens_details") or {}
+    loaded = sum(tokens for source, tokens in sources.items() if source in ("host", "storage"))
+    return Outcome(ids, accepted, meta["cached_tokens"], retractions, loaded)
 
 
 def record(server, count: int, seed: int) -> list[tuple[list[Case], list[Outcome]]]:
@@ -154,6 +159,7 @@ def _count(report: Report, name: str, case: Case, want: Outcome, found: Outcome)
     report.requests += 1
     report.hits += found.cached > 0
     report.cached_tokens += found.cached
+    report.loaded_tokens += found.loaded
     report.retracted += found.retractions > 0
     same_ids = found.ids == want.ids
     same_rounds = found.accepted == want.accepted or found.retractions or want.retractions

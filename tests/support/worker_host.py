@@ -31,6 +31,8 @@ class Pool:
 class TargetWorker:
     """SGLang's target worker around the toy target."""
 
+    is_hybrid_swa = True
+
     def __init__(self, pool: Pool, num_layers: int):
         self.toy = ToyTarget(pool.req_to_token)
         self.sliding_window_size = EARLIER_KEYS

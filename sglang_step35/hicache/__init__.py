@@ -1,0 +1,1 @@
+"""SGLang's hierarchical cache (`--enable-hierarchical-cache`) with MTP: KV in host memory, KV in files."""

@@ -1,0 +1,67 @@
+"""The hierarchical cache: device pools as it reads them, host pools, and its plan for the draft's KV."""
+
+from sglang_step35.upstream.row import has, module, plain, takes
+
+ROWS = (
+    *module(
+        "sglang.srt.mem_cache.memory_pool",
+        plain("MHATokenToKVPool.__init__", "not called: a view of another pool allocates nothing"),
+        has("MHATokenToKVPool", "k_data_ptrs v_data_ptrs model_layer_ids"),
+        has("KVCache", "layer_num"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.swa_memory_pool",
+        plain("SWAKVPool.__init__", "not called: a view of another pool allocates nothing"),
+        has("SWAKVPool", "full_kv_pool swa_kv_pool layer_num"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.host_memory",
+        takes("available_host_memory_bytes", "allow_cgroup_fallback"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.pool_host.base",
+        takes("host_memory_budget_scope", "budget_bytes"),
+        takes("ranks_per_host", ""),
+        has("HostKVCache", "layout"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.pool_host.mha",
+        takes("get_mha_host_pool_cls", "buffer_info", hooked=True),
+        takes(
+            "MHATokenToKVPoolHost.__init__",
+            "self buffer_info host_to_device_ratio host_size page_size layout pin_memory device allocator_type "
+            "device_capacity_tokens start_layer end_layer draft_buffer_infos write_back_staging pool_label "
+            "head_group_num host_token_capacity",
+        ),
+        takes(
+            "MHATokenToKVPoolHost.load_to_device_per_layer",
+            "self device_pool host_indices device_indices layer_id io_backend is_draft",
+        ),
+        takes(
+            "MHATokenToKVPoolHost.backup_from_device_all_layer",
+            "self device_pool host_indices device_indices io_backend",
+        ),
+        has(
+            "MHATokenToKVPoolHost",
+            "target_layer_num device_k_buffers device_v_buffers k_data_refs v_data_refs host_kv_data_refs",
+        ),
+    ),
+    *module(
+        "sglang.srt.speculative.base_spec_worker",
+        takes("BaseSpecWorker._build_hicache_draft_plan", "self"),
+        takes("HiCacheDraftPlan", "mode device_pools"),
+        has("HiCacheDraftMode", "NONE PACKED"),
+    ),
+    *module(
+        "sglang.srt.model_executor.model_runner",
+        has("ModelRunner", "mtp_draft_device_pools"),
+    ),
+    *module(
+        "sglang.srt.arg_groups.model_override_base",
+        takes("register_model_override_predicate", "predicate"),
+    ),
+    *module(
+        "sglang.srt.runtime_context",
+        takes("get_memory", ""),
+    ),
+)
