@@ -142,6 +142,18 @@ def check_machine() -> list[Finding]:
     return [*found, *(Finding("serve", line) for line in outcome(devices, memory))]
 
 
+def check_kernels() -> list[Finding]:
+    """What multiplies by packed and large weights on the portable platform; a GPU has SGLang's own kernels."""
+    if plugin.activate_platform() is None:
+        return []
+    from sglang_step35.packed import ik_check
+
+    reason = ik_check.why_not()
+    if reason is None:
+        return [Finding("kernels", f"ggml's, from {ik_check.PACKAGE} {ik_check.VERSION}; the self-test passed")]
+    return [Finding("kernels", f"plain torch, slow with large and with quantised weights: {reason}")]
+
+
 def check_checkpoint(path: str) -> list[Finding]:
     """Format, MTP layers, and whether it fits this machine."""
     import psutil
@@ -172,4 +184,5 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_upstream,
     check_registration,
     check_machine,
+    check_kernels,
 )
