@@ -79,7 +79,6 @@ _SIGNATURES: dict[str, tuple] = {
     "ggml_build_forward_expand": (None, c_void_p, _TENSOR),
     "ggml_graph_plan": (_Plan, c_void_p, c_int),
     "ggml_graph_compute": (c_int, c_void_p, POINTER(_Plan)),
-    "iqk_repacked_type": (c_int, _TENSOR),
     "iqk_repack_tensor": (None, _TENSOR),
 }
 
@@ -151,6 +150,19 @@ class Library:
             self._make_room()
             found = self._graphs[key] = build()
         return found
+
+    def repack(self, kind: int, wanted: int, data: torch.Tensor, columns: int) -> None:
+        """Interleave rows of `kind`, bytes [.., rows, bytes of a row] without gaps, in place as type `wanted`.
+
+        Raises RuntimeError where the library would make another type of them.
+        """
+        self._make_room()
+        *experts, rows, _ = data.shape
+        tensor = self.tensor(kind, columns, rows, *experts)
+        tensor.contents.data = data.data_ptr()
+        self.iqk_repack_tensor(tensor)
+        if tensor.contents.type != wanted:
+            raise RuntimeError(f"the library made type {tensor.contents.type} of {kind}, not {wanted}")
 
     def _make_room(self) -> None:
         needed = GRAPH_NODES * self.ggml_tensor_overhead() + self.ggml_graph_overhead_custom(GRAPH_NODES, False)

@@ -41,10 +41,20 @@ def chosen_experts(x, gate, up, down, weights, ids, limit) -> torch.Tensor:
 def test_products(name, columns):
     if columns % TYPES[name].block:
         pytest.skip("not a whole number of blocks")
-    tensor, expected = packed(name, 43, columns)
+    tensor, expected = packed(name, 48, columns)
+    if not ik_kernel.reads(tensor):
+        assert name == "Q4_1" and columns % 128
+        return
     for rows in (1, 4, 40):
         x = torch.randn(rows, columns)
         assert error(ik_kernel.linear(x, [tensor]), x @ expected.T) < EXACT.get(name, ROUNDED)
+
+
+def test_the_library_s_fault_is_still_there():
+    """Else `Q4_1_COLUMNS` can go."""
+    tensor, expected = packed("Q4_1", 48, 160)
+    x = torch.randn(40, 160)
+    assert error(ik_kernel.linear(x, [tensor]), x @ expected.T) > 0.1
 
 
 def test_no_rows():
@@ -86,7 +96,7 @@ def test_a_rank_s_share_is_read_in_place(name):
 def test_experts(name, limit, monkeypatch):
     """Ids of -1, experts that nobody chose, a row count beyond what one call takes."""
     monkeypatch.setattr(ik_kernel, "EXPERT_TOKENS", 40)
-    size, hidden = (256, 512) if TYPES[name].block == 256 else (96, 160)
+    size, hidden = (256, 512) if TYPES[name].block == 256 or name == "Q4_1" else (96, 160)
     shapes = (size, hidden), (size, hidden), (hidden, size)
     (gate, g), (up, u), (down, d) = (packed(name, 5, *shape, seed=seed) for seed, shape in enumerate(shapes))
     for rows in (1, 4, 90):

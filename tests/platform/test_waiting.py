@@ -25,8 +25,8 @@ print(time.process_time() - start)
 def measure(which: str, **environment: str) -> tuple[str, float]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", MEASURE, which]
-    out = subprocess.run(command, env=kept | environment, check=True, capture_output=True, text=True, timeout=100).stdout
-    done, seconds = out.split()
+    run = subprocess.run(command, env=kept | environment, check=True, capture_output=True, text=True, timeout=100)
+    done, seconds = run.stdout.split()
     return done, float(seconds)
 
 
