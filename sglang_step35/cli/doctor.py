@@ -156,6 +156,18 @@ def check_threads() -> list[Finding]:
     return [Finding("threads", text, mend) for text, mend in facts]
 
 
+def check_kernels() -> list[Finding]:
+    """What multiplies by packed and large weights on the portable platform; a GPU has SGLang's own kernels."""
+    if plugin.activate_platform() is None:
+        return []
+    from sglang_step35.packed import ik_check
+
+    reason = ik_check.why_not()
+    if reason is None:
+        return [Finding("kernels", f"ggml's, from {ik_check.PACKAGE} {ik_check.VERSION}; the self-test passed")]
+    return [Finding("kernels", f"plain torch, slow with large and with quantised weights: {reason}")]
+
+
 def check_checkpoint(path: str) -> list[Finding]:
     """Format, MTP layers, and whether it fits this machine."""
     import psutil
@@ -187,4 +199,5 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_registration,
     check_machine,
     check_threads,
+    check_kernels,
 )

@@ -24,6 +24,7 @@ from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import QKNormRope
 from sglang_step35.model.weight_loader import OUTSIDE, Loader, Owner, WeightError
 from sglang_step35.names import STEP37_MODEL_TYPE
+from sglang_step35.packed.parameter import PackedParameter
 
 
 def load_backbone(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: bool) -> None:
@@ -60,12 +61,15 @@ def load_mtp(model: nn.Module, weights: Iterable[tuple[str, Tensor]], complete: 
 
 
 def refresh(model: nn.Module) -> None:
-    """Recompute what modules derive from their weights."""
+    """Recompute what modules derive from their weights, and prepare packed ones for the kernels."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.refresh_gemma_weight()
         elif isinstance(module, QKNormRope):
             module.refresh()
+    for parameter in model.parameters():
+        if isinstance(parameter, PackedParameter):
+            parameter.prepare()
 
 
 def _load(model: nn.Module, owners: Mapping, weights, complete: bool, absent: str | None = None) -> dict:

@@ -33,10 +33,12 @@ TYPES = {
         GGMLType("F16", 1, 1, 2, unpack.f16),
         GGMLType("BF16", 30, 1, 2, unpack.bf16),
         GGMLType("Q4_0", 2, 32, 18, unpack.q4_0),
+        GGMLType("Q4_1", 3, 32, 20, unpack.q4_1),
         GGMLType("Q8_0", 8, 32, 34, unpack.q8_0),
         GGMLType("Q4_K", 12, 256, 144, unpack.q4_k),
         GGMLType("Q5_K", 13, 256, 176, unpack.q5_k),
         GGMLType("Q6_K", 14, 256, 210, unpack.q6_k),
+        GGMLType("MXFP4", 39, 32, 17, unpack.mxfp4),
     )
 }
 WIDEST_BLOCK = max(kind.block for kind in TYPES.values())  # weights

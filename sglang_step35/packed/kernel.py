@@ -1,37 +1,33 @@
-"""Multiplying by packed weights: the one interface a faster kernel has to implement.
+"""Multiplying by packed weights: the one interface of everything that does it, and which kernel runs.
 
-Plain torch: a block of rows is unpacked to float32, multiplied and dropped, so that no float copy of a whole matrix
-exists. Letters: T tokens, k chosen experts of a token, E experts, H hidden size, I intermediate size.
+ggml's kernels where the library can be used (`ik_check.py`) and the activations are not float32: they round each row's
+activations to 8 bits for types of 8 bits and fewer, within what bfloat16 activations cost. Else plain torch, exact.
+Letters: T tokens, k chosen experts of a token, E experts, H hidden size, I intermediate size.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_step35.model.mlp import swiglu
+from sglang_step35.packed import ik_kernel, plain
+from sglang_step35.packed.ik_check import usable
 from sglang_step35.packed.tensor import PackedTensor
-
-BLOCK_WEIGHTS = 1 << 20  # unpacked at a time: 4 MB of float32, which stays in a CPU's cache
 
 
 def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
     """x [T, columns] times the transpose of the parts [rows, columns], one below the other -> [T, all rows].
 
-    Computed in float32, returned in x's dtype. The parts of a fused layer may have different types.
+    Summed in float32, returned in x's dtype. The parts of a fused layer may have different types.
     """
-    wide = x.float()
-    # One buffer from the start: small results kept between the large temporaries would leave gigabytes of heap in
-    # pieces too small for the next block.
-    out = wide.new_empty(len(wide), sum(part.shape[0] for part in parts))
-    start = 0
-    for part in parts:
-        for block in _row_blocks(part):
-            end = start + block.shape[0]
-            out[:, start:end] = F.linear(wide, block.dequantize())
-            start = end
-    return out.to(x.dtype)
+    if x.dtype is torch.float32 or not usable():
+        return plain.linear(x, parts)
+    fast = [ik_kernel.reads(part) for part in parts]
+    if all(fast):
+        return ik_kernel.linear(x, parts)
+    if len(parts) == 1:
+        return plain.linear(x, parts)
+    return torch.cat([linear(x, (part,)) for part in parts], dim=-1)
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:
@@ -48,23 +44,10 @@ def experts(
     ids: Tensor,
     limit: float | None,
 ) -> Tensor:
-    """sum_j weights[t, j] * expert ids[t, j] of x[t], in x's dtype; each chosen expert is unpacked once.
+    """sum_j weights[t, j] * expert ids[t, j] of x[t], in x's dtype.
 
     x: [T, H]. gate, up: [E, I, H]. down: [E, H, I]. weights: [T, k] float32. ids: [T, k], -1 for none.
     """
-    wide = x.float()
-    out = torch.zeros_like(wide)
-    for expert in ids.unique().tolist():
-        if expert < 0:
-            continue
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        rows = wide[token]
-        hidden = swiglu(linear(rows, (gate[expert],)), linear(rows, (up[expert],)), limit)
-        out.index_add_(0, token, linear(hidden, (down[expert],)) * weights[token, slot].unsqueeze(-1))
-    return out.to(x.dtype)
-
-
-def _row_blocks(part: PackedTensor):
-    rows, columns = part.shape
-    step = max(1, BLOCK_WEIGHTS // columns)
-    return (part[start : start + step] for start in range(0, rows, step))
+    fast = x.dtype is not torch.float32 and usable() and ik_kernel.reads_experts(gate, up, down)
+    run = ik_kernel.experts if fast else plain.experts
+    return run(x, gate, up, down, weights, ids, limit)

@@ -89,7 +89,8 @@ class PackedLinear(LinearMethodBase):
         def cut(part, tensor: PackedTensor) -> PackedTensor:
             return ranks.of_linear(layer, part, tensor, rows[part], input_size_per_partition)
 
-        layer.register_parameter("qweight", PackedParameter.of(*parts, cut=cut))
+        prepares = params_dtype is not torch.float32
+        layer.register_parameter("qweight", PackedParameter.of(*parts, cut=cut, prepares=prepares))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, columns] -> [T, rows]."""
@@ -132,7 +133,11 @@ class PackedExperts(FusedMoEMethodBase):
         moe = get_exec().moe
         if moe.enable_eplb or moe.ep_num_redundant_experts:
             raise ValueError("packed experts stay where they are: remove --enable-eplb and --ep-num-redundant-experts")
-        own = dict(cut=partial(ranks.of_experts, layer), experts=ranks.experts_here(layer))
+        own = dict(
+            cut=partial(ranks.of_experts, layer),
+            experts=ranks.experts_here(layer),
+            prepares=params_dtype is not torch.float32,
+        )
         layer.register_parameter("w13_qweight", PackedParameter.of("w1", "w3", **own))
         layer.register_parameter("w2_qweight", PackedParameter.of("w2", **own))
 

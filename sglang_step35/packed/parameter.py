@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sglang_step35.packed.ggml import plain
+from sglang_step35.packed.prepare import prepared
 from sglang_step35.packed.stack import StackedTensor
 from sglang_step35.packed.tensor import PackedTensor
 
@@ -22,13 +23,18 @@ class PackedParameter(nn.Parameter):
     order: tuple[str | int | None, ...]
     experts: range | None
     cut: Cut
+    prepares: bool
 
     @classmethod
-    def of(cls, *order: str | int | None, cut: Cut, experts: range | None = None) -> "PackedParameter":
+    def of(
+        cls, *order: str | int | None, cut: Cut, experts: range | None = None, prepares: bool = False
+    ) -> "PackedParameter":
         """order: the parts this parameter needs, as their rows follow each other. cut: gives this rank's share of a
-        part. experts: the numbers of those that this rank keeps."""
+        part. experts: the numbers of those that this rank keeps. prepares: whether `prepare` may rearrange the
+        weights: they are only multiplied by, and not in float32, which reads them as they are."""
         parameter = cls(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         parameter.parts, parameter.order, parameter.cut, parameter.experts = {}, order, cut, experts
+        parameter.prepares = prepares
         return parameter
 
     def fill(self, part: str | int | None, tensor: PackedTensor | torch.Tensor, expert: int | None = None) -> None:
@@ -45,6 +51,18 @@ class PackedParameter(nn.Parameter):
             if not isinstance(stack, StackedTensor):
                 stack = self.parts[part] = StackedTensor({})
             stack.matrices[expert - self.experts.start] = self.cut(part, packed)
+
+    def prepare(self) -> None:
+        """Put the parts as the kernels read them fastest, if this parameter may be.
+
+        Raises ValueError where a weight update brought some experts only of a stack.
+        """
+        if not self.prepares:
+            return
+        for part, tensor in self.parts.items():
+            if isinstance(tensor, StackedTensor) and self.experts and len(tensor.matrices) < len(self.experts):
+                raise ValueError("an update of packed experts must bring all of a layer's")
+            self.parts[part] = prepared(tensor)
 
     def rows(self) -> list[PackedTensor]:
         """The parts in order."""

@@ -7,6 +7,8 @@ reference does (ggml-quants.c: dequantize_row_*): float16 scales widened first, 
 import torch
 from torch import Tensor
 
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
 
 def f32(blocks: Tensor) -> Tensor:
     return blocks.view(torch.float32)
@@ -28,6 +30,17 @@ def q8_0(blocks: Tensor) -> Tensor:
 def q4_0(blocks: Tensor) -> Tensor:
     """2 bytes d, 16 bytes of two q each, the low halves first: d (q - 8)."""
     return _half(blocks, 0) * (_nibbles(blocks[:, 2:], 16) - 8)
+
+
+def q4_1(blocks: Tensor) -> Tensor:
+    """2 bytes d, 2 m, 16 bytes as q4_0: d q + m."""
+    return _half(blocks, 0) * _nibbles(blocks[:, 4:], 16) + _half(blocks, 2)
+
+
+def mxfp4(blocks: Tensor) -> Tensor:
+    """1 byte e, 16 bytes of two E2M1 numbers each, the low halves first: 2^(e - 127) number."""
+    scale = torch.ldexp(torch.ones(()), blocks[:, :1].int() - 127)
+    return scale * _E2M1[_nibbles(blocks[:, 1:], 16).int()]
 
 
 def q4_k(blocks: Tensor) -> Tensor:

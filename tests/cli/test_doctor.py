@@ -58,9 +58,18 @@ def test_a_healthy_installation(capsys):
     code, out = report(capsys)
     assert code == 0, out
     assert "WRONG" not in out and mends(out) == []
-    for topic in ("versions", "plug-in", "upstream", "register", "machine", "platform", "serve", "threads"):
+    topics = "versions plug-in upstream register machine platform serve threads kernels"
+    for topic in topics.split():
         assert f"  {topic} " in out
     assert f"{len(upstream.TABLE)} names with their signatures" in out
+
+
+def test_without_the_kernels_of_ggml(capsys, versions):
+    """Slow, not wrong."""
+    versions(ik_llama_cpp_python=None)
+    code, out = report(capsys)
+    assert code == 0
+    assert "kernels     plain torch, slow with" in out and "pip install ik-llama-cpp-python==0.1.5" in out
 
 
 def test_another_sglang(capsys, versions):

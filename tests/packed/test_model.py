@@ -136,4 +136,4 @@ def test_a_config_beside_the_file_counts(tmp_path):
 
 
 def test_types_cover_the_published_files():
-    assert {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} == set(TYPES)
+    assert {"Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "MXFP4", "F16", "BF16", "F32"} == set(TYPES)

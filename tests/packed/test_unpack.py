@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from sglang_step35.model.mlp import swiglu
-from sglang_step35.packed import kernel
+from sglang_step35.packed import kernel, plain
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from sglang_step35.packed.parameter import PackedParameter
 from tests.support.gguf_files import packed_bytes
@@ -45,7 +45,7 @@ def test_every_bit_counts(name):
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_products(name, rows, monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK_WEIGHTS", 1024)  # four rows at a time, the last block shorter
+    monkeypatch.setattr(plain, "BLOCK_WEIGHTS", 1024)  # four rows at a time, the last block shorter
     tensor, expected = packed(name, 11, 256)
     x = torch.randn(rows, 256)
     assert torch.allclose(kernel.linear(x, [tensor]), x @ expected.T, rtol=1e-4, atol=1e-4)
@@ -54,7 +54,7 @@ def test_products(name, rows, monkeypatch):
 def test_parts_of_different_types():
     parts = [packed("Q4_K", 6, 256, seed=1), packed("Q6_K", 2, 256, seed=2), packed("BF16", 3, 256, seed=3)]
     x = torch.randn(4, 256).bfloat16()
-    out = kernel.linear(x, [tensor for tensor, _ in parts])
+    out = plain.linear(x, [tensor for tensor, _ in parts])
     expected = x.float() @ torch.cat([weight for _, weight in parts]).T
     assert out.dtype is torch.bfloat16 and torch.allclose(out.float(), expected, rtol=1e-2, atol=0.2)
 

@@ -1,0 +1,184 @@
+"""Packed weights put as ggml's kernels read them fastest, once after loading.
+
+A prepared matrix replaces the mapped one, so that never two copies stay. INT4, INT8 and MXFP4, which ggml cannot read
+as their files have them, become blocks of GGML types of about the same size (0.5625 bytes a weight, asymmetric 0.625);
+experts kept one by one become one stack; rows of Q8_0, Q4_0 and K-quants are interleaved by fours or eights, which takes
+0.5 to 0.7 of the time in place for one row of activations on one core, and 0.5 to 0.6 for four. What no type of 8 bits
+or fewer holds, FP8 (as Q8_0 it would cost 0.5 % of a product, past the bounds of our tests), asymmetric INT8 and narrow
+groups, becomes float16, at twice the bytes or more. The last two happen while memory lasts: past that, GGML types stay
+mapped and FP8 runs in plain torch. What changes in a weight: nothing, but where float16 rounds the 12th bit of a scale
+or of zero point times scale.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import psutil
+import torch
+from torch import Tensor
+
+from sglang_step35.packed import ik_kernel, ik_library
+from sglang_step35.packed.blocks import BlockTensor
+from sglang_step35.packed.ggml import TYPES, GGMLTensor, GGMLType
+from sglang_step35.packed.grouped import GroupedTensor, nibbles
+from sglang_step35.packed.ik_check import usable
+from sglang_step35.packed.stack import StackedTensor
+from sglang_step35.packed.tensor import PackedTensor
+
+COLUMNS = 32  # of a block of every type that is written here
+BLOCK_WEIGHTS = 1 << 22  # written at a time
+FP8_MAX = 448  # of E4M3
+KEPT_FREE = 4  # interleaving stops where less than one part in four of the host's memory would stay available
+SCALE_ERROR = 2.0**-11  # of the largest scale: the rounding of float16
+
+
+def _only_kernels(_blocks: Tensor) -> Tensor:
+    raise TypeError("these rows are interleaved: only ggml's kernels read them")
+
+
+_SYMMETRIC = {"INT4": "Q4_0", "INT8": "Q8_0", "INT8 + 128": "Q8_0"}  # by code
+# By the type in place: what the library makes of it, and how many rows it interleaves.
+INTERLEAVED = {
+    name: (GGMLType(f"{name}_R{rows}", number, TYPES[name].block, TYPES[name].size, _only_kernels), rows)
+    for name, number, rows in (
+        ("Q4_0", 202, 8),
+        ("Q8_0", 208, 8),
+        ("Q4_K", 212, 4),
+        ("Q5_K", 213, 4),
+        ("Q6_K", 214, 4),
+    )
+}
+
+
+def prepared(tensor: PackedTensor) -> PackedTensor:
+    """The same weights in memory of their own; `tensor` itself where the kernels read it best as it is, or not at all.
+
+    Only for what is multiplied by: single rows of interleaved ones cannot be read.
+    """
+    if not usable():
+        return tensor
+    kinds = {_written_as(matrix) for matrix in _matrices(tensor)}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        return tensor
+    interleaves = kind.name in INTERLEAVED and tensor.shape[-2] % INTERLEAVED[kind.name][1] == 0
+    if isinstance(tensor, GGMLTensor):
+        if not (interleaves and _memory_allows(tensor.nbytes)):
+            return tensor
+    elif kind.plain and not _memory_allows(2 * tensor.nbytes):
+        return tensor
+    written = _write(tensor, kind)
+    return _interleave(written) if interleaves else written
+
+
+def _matrices(tensor: PackedTensor) -> list[PackedTensor]:
+    return [tensor.matrices[e] for e in sorted(tensor.matrices)] if isinstance(tensor, StackedTensor) else [tensor]
+
+
+def _memory_allows(size: int) -> bool:
+    """Whether a private copy leaves the host enough; mapped files count as available."""
+    memory = psutil.virtual_memory()
+    return memory.available - size > memory.total // KEPT_FREE
+
+
+def _written_as(matrix: PackedTensor) -> GGMLType | None:
+    """The type that holds these weights and that the kernels read; None without one."""
+    if isinstance(matrix, GGMLTensor):
+        return matrix.type if ik_kernel.reads(matrix) else None
+    if matrix.shape[-1] % COLUMNS:
+        return None
+    if isinstance(matrix, BlockTensor):
+        return TYPES["F16"] if _fits(matrix.scales.float() * FP8_MAX) else None
+    return _grouped_as(matrix) if isinstance(matrix, GroupedTensor) else None
+
+
+def _grouped_as(matrix: GroupedTensor) -> GGMLType | None:
+    """A type that keeps the codes where one does, else float16."""
+    whole = matrix.group % COLUMNS == 0
+    if matrix.scales.dtype is torch.uint8:
+        return TYPES["MXFP4"] if whole else None
+    if not _fits(matrix.scales.float()):
+        return None
+    if whole and matrix.zeros is None and matrix.code.name in _SYMMETRIC:
+        return TYPES[_SYMMETRIC[matrix.code.name]]
+    if whole and matrix.code.name == "UINT4" and matrix.shape[-1] % ik_kernel.Q4_1_COLUMNS == 0:
+        return TYPES["Q4_1"]
+    return TYPES["F16"]
+
+
+def _fits(scales: Tensor) -> bool:
+    """Whether float16 keeps the scales to its last bit; tiny ones among larger lose what the larger ones round away."""
+    return bool((scales.half().float() - scales).abs().max() <= scales.abs().max() * SCALE_ERROR)
+
+
+def _write(tensor: PackedTensor, kind: GGMLType) -> GGMLTensor:
+    """A copy as blocks of this type, in a stack where there are several matrices."""
+    *leading, columns = tensor.shape
+    data = torch.empty(*leading, columns // kind.block * kind.size, dtype=torch.uint8)
+    pairs = zip(data, _matrices(tensor), strict=True) if isinstance(tensor, StackedTensor) else [(data, tensor)]
+    for place, matrix in chain.from_iterable(_pieces(*pair) for pair in pairs):
+        place.copy_(matrix.data if isinstance(matrix, GGMLTensor) else _WRITERS[kind.name](matrix))
+    return GGMLTensor(kind, data)
+
+
+def _pieces(data: Tensor, tensor: PackedTensor) -> Iterator[tuple[Tensor, PackedTensor]]:
+    """The same matrices in blocks of rows, and where their bytes belong."""
+    if data.dim() == 3:
+        for e in range(len(data)):
+            yield from _pieces(data[e], tensor[e])
+        return
+    step = max(1, BLOCK_WEIGHTS // tensor.shape[-1])
+    for start in range(0, len(data), step):
+        yield data[start : start + step], tensor.rows(start, min(start + step, len(data)))
+
+
+def _q4_0(matrix: GroupedTensor) -> Tensor:
+    return _blocks(_halves(matrix.scales, matrix.group), _nibble_pairs(matrix))
+
+
+def _q4_1(matrix: GroupedTensor) -> Tensor:
+    """Value = scale code + minimum, the minimum being -zero point scale."""
+    minima = -matrix.scales.float() * matrix.zeros.float()
+    halves = (_halves(values, matrix.group) for values in (matrix.scales, minima))
+    return _blocks(torch.cat(tuple(halves), dim=-1), _nibble_pairs(matrix))
+
+
+def _mxfp4(matrix: GroupedTensor) -> Tensor:
+    scales = matrix.scales.repeat_interleave(matrix.group // COLUMNS, dim=-1)
+    return _blocks(scales.unsqueeze(-1), _nibble_pairs(matrix))
+
+
+def _q8_0(matrix: GroupedTensor) -> Tensor:
+    codes = matrix.codes if matrix.code.name == "INT8" else matrix.codes ^ 128
+    return _blocks(_halves(matrix.scales, matrix.group), codes.unflatten(-1, (-1, COLUMNS)))
+
+
+def _f16(matrix: PackedTensor) -> Tensor:
+    return matrix.dequantize().half().view(torch.uint8)
+
+
+def _blocks(heads: Tensor, codes: Tensor) -> Tensor:
+    """heads [R, blocks, b], codes [R, blocks, c] uint8 -> rows of bytes [R, blocks (b + c)]."""
+    return torch.cat((heads, codes), dim=-1).flatten(-2)
+
+
+def _halves(scales: Tensor, group: int) -> Tensor:
+    """Scales [R, G] -> float16 of every block [R, blocks, 2] as bytes."""
+    halves = scales.half().repeat_interleave(group // COLUMNS, dim=-1).contiguous()
+    return halves.unsqueeze(-1).view(torch.uint8)
+
+
+def _nibble_pairs(matrix: GroupedTensor) -> Tensor:
+    """Codes as GGML keeps them [R, blocks, 16]: weight i of a block beside weight i + 16."""
+    low, high = nibbles(matrix.codes).unflatten(-1, (-1, 2, COLUMNS // 2)).unbind(-2)
+    return low | high << 4
+
+
+_WRITERS: dict[str, Callable] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "MXFP4": _mxfp4, "F16": _f16}
+
+
+def _interleave(tensor: GGMLTensor) -> GGMLTensor:
+    """In place."""
+    kind, _ = INTERLEAVED[tensor.type.name]
+    ik_library.library().repack(tensor.type.number, kind.number, tensor.data, tensor.shape[-1])
+    return GGMLTensor(kind, tensor.data)
