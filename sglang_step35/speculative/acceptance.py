@@ -63,6 +63,12 @@ def accept_sampled(
     return tokens, kept + 1
 
 
+def propose_surely(proposal: Tensor, drafts: Tensor, first: int) -> None:
+    """Make the proposal [B, D, V] of the drafts [B, D] from column `first` on one-hot: nothing was drawn for them."""
+    proposal[:, first:] = 0
+    proposal[:, first:].scatter_(2, drafts[:, first:].clamp(min=0)[:, :, None], 1.0)
+
+
 def inverse_cdf(weights: Tensor, coin: Tensor) -> Tensor:
     """Sample index i with probability weights[i] / sum(weights).
 

@@ -1,8 +1,10 @@
 """How many MTP layers run in a round: the controllers of `adaptive` fed with a clock and the worker's rounds."""
 
+import sys
 import time
 from collections import deque
 
+from sglang_step35.names import DEPTH_PARAM
 from sglang_step35.speculative.adaptive import (
     AdaptiveSettings,
     Calibration,
@@ -13,10 +15,16 @@ from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.settings import MTPSettings
 
 
-class DepthPlanner:
-    """Adaptive depth for the worker: one controller per power of two of batch sizes.
+def depth_limit(req) -> int:
+    """Drafts a round that a request allows at most: `custom_params` {"speculative_depth": n}, checked on admission."""
+    return (req.sampling_params.custom_params or {}).get(DEPTH_PARAM, sys.maxsize)
 
-    Without `settings.adaptive` every round drafts num_steps tokens. Of what decides the depth only the seconds differ
+
+class DepthPlanner:
+    """Adaptive depth and width for the worker: one controller per power of two of batch sizes.
+
+    Without `settings.adaptive` every round drafts num_steps tokens; whether looked-up ones follow is measured
+    nevertheless. Of what decides the depth only the seconds differ
     between ranks, so rank 0's clock serves all.
     """
 
@@ -39,13 +47,14 @@ class DepthPlanner:
         """
         if rids:  # idle batches are not reported back
             self._pending.append((offered, confidences))
-        if not self.settings.adaptive:
+        if not self._measures:
             return
-        now, depth = self._clock(), max(offered, default=0)
-        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == depth:
+        # Rounds with looked-up drafts are one kind, all of the same width.
+        now, kind = self._clock(), min(max(offered, default=0), self.settings.num_steps + 1)
+        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == kind:
             seconds = self._ranks.same_number(now - self._last[0])
-            self._controller(len(rids)).observe_round(depth, seconds)
-        self._last = (now, frozenset(rids), depth)
+            self._controller(len(rids)).observe_round(kind, seconds)
+        self._last = (now, frozenset(rids), kind)
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
         """Accepted drafts of each request of the oldest round not yet reported.
@@ -54,21 +63,26 @@ class DepthPlanner:
         """
         offered, confidences = self._pending.popleft()
         pairs = list(zip(offered, accepted, strict=True))
-        positions = range(self.settings.num_steps)
+        steps, positions = self.settings.num_steps, range(self.settings.num_draft_tokens - 1)
         tries = [sum(o > i and a >= i for o, a in pairs) for i in positions]
         hits = [sum(o > i and a > i for o, a in pairs) for i in positions]
+        if self._measures:
+            self._controller(len(offered)).observe_acceptance(tries[:steps], hits[:steps])
         if self.settings.adaptive:
-            self._controller(len(offered)).observe_acceptance(tries, hits)
             for (count, kept), chances in zip(pairs, confidences, strict=True):
                 for i in range(min(count, kept + 1, len(chances))):
                     self.calibration.observe(chances[i], kept > i)
         return tries, hits
 
     def next_depth(self, batch_size: int) -> int:
-        """Drafts of the next round."""
-        if not self.settings.adaptive:
+        """MTP layers' drafts of the next round."""
+        if not self._measures:
             return self.settings.num_steps
         return self._controller(batch_size).next_depth()
+
+    def look_ups_pay(self, batch_size: int, tokens: float) -> bool:
+        """Whether this round verifies looked-up drafts that should add `tokens` to each request, their mean."""
+        return self._controller(batch_size).look_ups_pay(tokens)
 
     def stop_rule(self, batch_size: int) -> StopRule | None:
         """When the next pass stops early; None at fixed depth."""
@@ -79,6 +93,12 @@ class DepthPlanner:
     def _controller(self, batch_size: int) -> DepthController:
         bucket = max(1, batch_size).bit_length()
         if bucket not in self._controllers:
-            settings = AdaptiveSettings(max_depth=self.settings.num_steps)
+            steps = self.settings.num_steps
+            lowest = 0 if self.settings.adaptive else steps
+            settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
             self._controllers[bucket] = DepthController(settings)
         return self._controllers[bucket]
+
+    @property
+    def _measures(self) -> bool:
+        return self.settings.adaptive or self.settings.look_ups > 0

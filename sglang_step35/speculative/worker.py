@@ -1,5 +1,6 @@
 """The speculative worker SGLang's scheduler drives: verify a chain, then draft the next one.
 
+A chain is the MTP layers' drafts and, where they pay, tokens looked up in the request's own text.
 A round of a request with m committed positions and the bonus token x_m:
 1. verify: the target runs the chain (x_m, drafts) at positions m .. m + N - 1; some prefix of it is
    accepted and the target adds one token, so the request has m' = m + accept_len positions;
@@ -14,10 +15,12 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
-from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
+from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
+from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.metrics import DraftCounters
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.penalties import PenaltyRule
@@ -40,10 +43,7 @@ class Step35SpecWorker(BaseSpecWorker):
         super().__init__()
         spec = get_spec()
         self._target_worker = target_worker
-        self.settings = MTPSettings(
-            num_steps=spec.speculative_num_steps,
-            adaptive=spec.speculative_adaptive,
-        )
+        self.settings = MTPSettings.from_spec(spec)
         check_settings(
             num_steps=spec.speculative_num_steps,
             topk=spec.speculative_eagle_topk,
@@ -58,7 +58,7 @@ class Step35SpecWorker(BaseSpecWorker):
         self.draft_counters = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
             name = server_args.served_model_name
-            self.draft_counters = DraftCounters(name, self.settings.num_steps)
+            self.draft_counters = DraftCounters(name, self.settings.num_draft_tokens - 1)
 
     @property
     def last_shared_read_runner(self):
@@ -114,6 +114,8 @@ class Step35SpecWorker(BaseSpecWorker):
         sampler = self._sampler(batch, batch.seq_lens)
         self._draft_worker.run(batch, rows, hidden, steps, sampler)
         self.store.note_drafts(prefill.pool_idx, steps, sampler)
+        if self.settings.look_ups:
+            prefill.begin_texts(result.next_token_ids.tolist())
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 
@@ -122,15 +124,16 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        offered = self.store.drafts.counts(pool_idx)
+        offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, offered, self.store.drafts.confidences(pool_idx))
-        width = verify_width(offered, self.settings.num_steps, batch.seq_lens.device)
+        width = verify_width(offered, self.settings.num_draft_tokens, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
-        chain = torch.cat([bonus[:, None], draft_input.topk_index[:, : width - 1]], dim=1)
-        # [B, S, V] are copied here: only where a request samples.
-        greedy = batch.sampling_info.is_all_greedy
-        proposal = None if greedy else self.store.probs.get(pool_idx, width - 1)
+        chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
+        proposal = None
+        if not batch.sampling_info.is_all_greedy:  # [B, N - 1, V] are copied here
+            proposal = self.store.probs.get(pool_idx, width - 1)
+            propose_surely(proposal, chain[:, 1:], self.settings.num_steps)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
@@ -141,7 +144,34 @@ class Step35SpecWorker(BaseSpecWorker):
         last = (outcome.accept_lens - 1)[:, None]
         bonus = outcome.tokens.gather(1, last).squeeze(1)
         outcome.result.next_draft_input = sampler.draft_input(bonus)
+        if self.settings.look_ups:
+            self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result
+
+    def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], Tensor]:
+        """How many drafts to verify for each request, and all of them: [B, S] or, with looked-up ones, [B, N - 1].
+
+        drafts: [B, S], the MTP layers'.
+        """
+        steps, most = self.settings.num_steps, self.settings.num_draft_tokens - 1
+        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, reqs))
+        offered = list(map(min, counts, limits))
+        if offered != counts:
+            (kept,) = to_device(offered, device=drafts.device)
+            columns = torch.arange(steps, device=drafts.device)
+            drafts = drafts.masked_fill(columns >= kept[:, None], NO_DRAFT)
+        if not self.settings.look_ups:
+            return offered, drafts
+        whole = [count == steps and limit >= most for count, limit in zip(offered, limits, strict=True)]
+        chains = [chain if go_on else None for chain, go_on in zip(drafts.tolist(), whole, strict=True)]
+        found, tokens = self.store.texts.find(pool_idx, chains)
+        free = not host_reads_are_free(drafts.device)  # the window is as wide without them
+        if not any(found) or not (free or self.depths.look_ups_pay(len(reqs), tokens)):
+            found = [[]] * len(found)
+        none = [NO_DRAFT] * self.settings.look_ups
+        (looked_up,) = to_device([token for row in found for token in row or none], device=drafts.device)
+        offered = [count + len(row) for count, row in zip(offered, found, strict=True)]
+        return offered, torch.cat([drafts, looked_up.view(len(found), len(none))], dim=1)
 
     def _draft(
         self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome
@@ -149,7 +179,9 @@ class Step35SpecWorker(BaseSpecWorker):
         """Bring the MTP layers up to the committed length and draft the next chain."""
         steps, width = self.settings.num_steps, outcome.tokens.shape[1]
         depth = self.depths.next_depth(len(pool_idx))
-        full = self.store.lag.must_catch_up(pool_idx, width, steps + 1)
+        if self.settings.adaptive:  # layers may lag
+            depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
+        full = self.store.lag.must_catch_up(pool_idx, width, self.settings.num_draft_tokens)
         if full:
             depth = steps
         may_stop = depth > 1 and not full
