@@ -63,10 +63,11 @@ def accept_sampled(
     return tokens, kept + 1
 
 
-def propose_surely(proposal: Tensor, drafts: Tensor, first: int) -> None:
-    """Make the proposal [B, D, V] of the drafts [B, D] from column `first` on one-hot: nothing was drawn for them."""
-    proposal[:, first:] = 0
-    proposal[:, first:].scatter_(2, drafts[:, first:].clamp(min=0)[:, :, None], 1.0)
+def propose_surely(proposal: Tensor, drafts: Tensor, first: Tensor) -> None:
+    """Make the proposal [B, D, V] of the drafts [B, D] one-hot from column first[b] on: nothing was drawn for them."""
+    sure = (torch.arange(drafts.shape[1], device=drafts.device) >= first[:, None])[:, :, None]
+    index = drafts.clamp(min=0)[:, :, None]
+    proposal.masked_fill_(sure, 0).scatter_(2, index, torch.where(sure, 1.0, proposal.gather(2, index)))
 
 
 def inverse_cdf(weights: Tensor, coin: Tensor) -> Tensor:

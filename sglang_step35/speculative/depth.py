@@ -34,45 +34,43 @@ class DepthPlanner:
         self._ranks = ranks
         self._controllers: dict[int, DepthController] = {}
         self.calibration = Calibration()
-        self._pending: deque[tuple[list[int], list[list[float]]]] = deque()
-        self._last: tuple[float, frozenset, int] | None = None
+        self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
+        self._last: tuple[float, frozenset, tuple[int, bool]] | None = None
 
-    def begin_round(self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]]) -> None:
-        """Note the start of a round that verifies offered[b] drafts of each request.
+    def begin_round(
+        self, rids: tuple[str, ...], drafted: list[int], offered: list[int], confidences: list[list[float]]
+    ) -> None:
+        """Note the start of a round that verifies offered[b] drafts of each request, drafted[b] of them MTP layers'.
 
-        confidences[b]: the layers' probabilities of those drafts; empty where they are unknown.
+        confidences[b]: the layers' probabilities of theirs; empty where they are unknown.
 
         The time from one round's start to the next is what a round costs, scheduling included,
         unless requests joined, whose prefill it would include.
         """
         if rids:  # idle batches are not reported back
-            self._pending.append((offered, confidences))
+            self._pending.append((drafted, offered, confidences))
         if not self._measures:
             return
-        # Rounds with looked-up drafts are one kind, all of the same width.
-        now, kind = self._clock(), min(max(offered, default=0), self.settings.num_steps + 1)
-        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == kind:
+        now, depth, wide = self._clock(), max(drafted, default=0), offered != drafted
+        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == (depth, wide):
             seconds = self._ranks.same_number(now - self._last[0])
-            self._controller(len(rids)).observe_round(kind, seconds)
-        self._last = (now, frozenset(rids), kind)
+            self._controller(len(rids)).observe_round(depth, seconds, wide)
+        self._last = (now, frozenset(rids), (depth, wide))
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
         """Accepted drafts of each request of the oldest round not yet reported.
 
         Returns that round's drafts by position: those verification reached, those it accepted.
         """
-        offered, confidences = self._pending.popleft()
-        pairs = list(zip(offered, accepted, strict=True))
-        steps, positions = self.settings.num_steps, range(self.settings.num_draft_tokens - 1)
-        tries = [sum(o > i and a >= i for o, a in pairs) for i in positions]
-        hits = [sum(o > i and a > i for o, a in pairs) for i in positions]
+        drafted, offered, confidences = self._pending.popleft()
         if self._measures:
-            self._controller(len(offered)).observe_acceptance(tries[:steps], hits[:steps])
+            reached = _by_position(drafted, accepted, self.settings.num_steps)
+            self._controller(len(offered)).observe_acceptance(*reached)
         if self.settings.adaptive:
-            for (count, kept), chances in zip(pairs, confidences, strict=True):
+            for count, kept, chances in zip(drafted, accepted, confidences, strict=True):
                 for i in range(min(count, kept + 1, len(chances))):
                     self.calibration.observe(chances[i], kept > i)
-        return tries, hits
+        return _by_position(offered, accepted, self.settings.num_draft_tokens - 1)
 
     def next_depth(self, batch_size: int) -> int:
         """MTP layers' drafts of the next round."""
@@ -80,9 +78,9 @@ class DepthPlanner:
             return self.settings.num_steps
         return self._controller(batch_size).next_depth()
 
-    def look_ups_pay(self, batch_size: int, tokens: float) -> bool:
-        """Whether this round verifies looked-up drafts that should add `tokens` to each request, their mean."""
-        return self._controller(batch_size).look_ups_pay(tokens)
+    def look_ups_pay(self, drafted: list[int], tokens: float) -> bool:
+        """Whether the round verifies looked-up drafts that should add `tokens` to each request, their mean."""
+        return self._controller(len(drafted)).look_ups_pay(max(drafted), tokens)
 
     def stop_rule(self, batch_size: int) -> StopRule | None:
         """When the next pass stops early; None at fixed depth."""
@@ -102,3 +100,10 @@ class DepthPlanner:
     @property
     def _measures(self) -> bool:
         return self.settings.adaptive or self.settings.look_ups > 0
+
+
+def _by_position(offered: list[int], accepted: list[int], count: int) -> tuple[list[int], list[int]]:
+    """Of the first `count` positions of a chain: the drafts that verification reached, and those it accepted."""
+    pairs = list(zip(offered, accepted, strict=True))
+    tries = [sum(o > i and a >= i for o, a in pairs) for i in range(count)]
+    return tries, [sum(o > i and a > i for o, a in pairs) for i in range(count)]

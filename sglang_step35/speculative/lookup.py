@@ -121,11 +121,11 @@ class RequestText:
 
 
 class LookUps:
-    """The texts of the running requests by request-pool index. Letters: B requests, D drafts before, L looked up."""
+    """The texts of the running requests by request-pool index."""
 
-    def __init__(self, count: int):
-        """count: L, tokens looked up a round; 0: nothing is kept."""
-        self.count = count
+    def __init__(self, longest: int):
+        """longest: drafts of a whole chain, the MTP layers' and then as many looked-up ones as there is room for."""
+        self.longest = longest
         self._texts: dict[int, RequestText] = {}
 
     def begin(self, pool_idx: int, rid: str, tokens: list[int]) -> None:
@@ -146,14 +146,14 @@ class LookUps:
                 self._texts[index].add(row[:length])
 
     def find(self, pool_idx: Sequence[int], drafts: Sequence[list[int] | None]) -> tuple[list[list[int]], float]:
-        """L tokens after each request's drafts, or none, and how many of them should come true, the requests' mean.
+        """What each request's drafts go on with, or nothing, and how much of it should come true, the requests' mean.
 
-        drafts[b]: a whole chain of the MTP layers; None: nothing is looked up for this request.
+        drafts[b]: all that the MTP layers drafted; None: nothing is looked up for this request.
         """
         found: list[list[int]] = []
         hope = 0.0
         for index, chain in zip(pool_idx, drafts, strict=True):
             text = self._texts.get(index) if chain is not None else None
-            found.append(text.look_up(chain, self.count) if text is not None else [])
-            hope += text.hope(self.count) if text is not None and found[-1] else 0.0
+            found.append(text.look_up(chain, self.longest - len(chain)) if text is not None else [])
+            hope += text.hope(len(found[-1])) if text is not None else 0.0
         return found, hope / max(1, len(found))

@@ -44,7 +44,7 @@ class RequestStore:
             drafts=LastDrafts(pool_size),
             probs=DraftProbs(vocab_size, device),
             counts=OutputCounts(vocab_size, device),
-            texts=LookUps(settings.look_ups),
+            texts=LookUps(settings.num_draft_tokens - 1),
         )
 
     def begin_prefill(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:

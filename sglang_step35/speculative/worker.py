@@ -124,16 +124,17 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
+        drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
-        self.depths.begin_round(rids, offered, self.store.drafts.confidences(pool_idx))
+        self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
         width = verify_width(offered, self.settings.num_draft_tokens, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
         proposal = None
         if not batch.sampling_info.is_all_greedy:  # [B, N - 1, V] are copied here
             proposal = self.store.probs.get(pool_idx, width - 1)
-            propose_surely(proposal, chain[:, 1:], self.settings.num_steps)
+            if offered != drafted:
+                propose_surely(proposal, chain[:, 1:], *to_device(drafted, device=chain.device))
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
@@ -148,30 +149,29 @@ class Step35SpecWorker(BaseSpecWorker):
             self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result
 
-    def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], Tensor]:
-        """How many drafts to verify for each request, and all of them: [B, S] or, with looked-up ones, [B, N - 1].
+    def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
+        """For each request, the MTP layers' drafts it verifies, all that it verifies, and these: [B, S] or [B, N - 1].
 
         drafts: [B, S], the MTP layers'.
         """
-        steps, most = self.settings.num_steps, self.settings.num_draft_tokens - 1
         counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, reqs))
-        offered = list(map(min, counts, limits))
-        if offered != counts:
-            (kept,) = to_device(offered, device=drafts.device)
-            columns = torch.arange(steps, device=drafts.device)
+        drafted = list(map(min, counts, limits))
+        if drafted != counts:
+            (kept,) = to_device(drafted, device=drafts.device)
+            columns = torch.arange(drafts.shape[1], device=drafts.device)
             drafts = drafts.masked_fill(columns >= kept[:, None], NO_DRAFT)
         if not self.settings.look_ups:
-            return offered, drafts
-        whole = [count == steps and limit >= most for count, limit in zip(offered, limits, strict=True)]
-        chains = [chain if go_on else None for chain, go_on in zip(drafts.tolist(), whole, strict=True)]
-        found, tokens = self.store.texts.find(pool_idx, chains)
+            return drafted, drafted, drafts
+        longest = self.settings.num_draft_tokens - 1
+        chains = [chain[:count] for chain, count in zip(drafts.tolist(), drafted, strict=True)]
+        may_go_on = zip(chains, limits, strict=True)
+        found, tokens = self.store.texts.find(pool_idx, [c if limit >= longest else None for c, limit in may_go_on])
         free = not host_reads_are_free(drafts.device)  # the window is as wide without them
-        if not any(found) or not (free or self.depths.look_ups_pay(len(reqs), tokens)):
-            found = [[]] * len(found)
-        none = [NO_DRAFT] * self.settings.look_ups
-        (looked_up,) = to_device([token for row in found for token in row or none], device=drafts.device)
-        offered = [count + len(row) for count, row in zip(offered, found, strict=True)]
-        return offered, torch.cat([drafts, looked_up.view(len(found), len(none))], dim=1)
+        if any(found) and (free or self.depths.look_ups_pay(drafted, tokens)):
+            chains = [chain + more for chain, more in zip(chains, found, strict=True)]
+        rows = [chain + [NO_DRAFT] * (longest - len(chain)) for chain in chains]
+        (flat,) = to_device([token for row in rows for token in row], device=drafts.device)
+        return drafted, list(map(len, chains)), flat.view(-1, longest)
 
     def _draft(
         self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome

@@ -146,7 +146,7 @@ def test_layer_lag_widens_the_next_pass_and_forces_it_in_time():
 
 def test_planner_without_adaptation_always_drafts_everything():
     planner = DepthPlanner(MTPSettings(num_steps=3))
-    planner.begin_round(("a",), [3], [[]])
+    planner.begin_round(("a",), [3], [3], [[]])
     planner.observe([0])
     assert planner.next_depth(1) == 3
     assert planner.stop_rule(1) is None
@@ -171,11 +171,11 @@ def test_planner_times_rounds_without_new_requests_only():
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), clock=lambda: now[0])
 
     def round_of(rid, seconds):
-        planner.begin_round((rid,), [3], [[]])
+        planner.begin_round((rid,), [3], [3], [[]])
         now[0] += seconds
 
     def pair(seconds):
-        planner.begin_round(("a", "b"), [3, 3], [[], []])
+        planner.begin_round(("a", "b"), [3, 3], [3, 3], [[], []])
         now[0] += seconds
 
     pair(0.02)
@@ -202,7 +202,7 @@ def test_calibration_learns_acceptance_not_confidence():
 def test_planner_calibrates_from_the_drafts_verification_reached():
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True))
     for _ in range(100):
-        planner.begin_round(("a",), [3], [[0.9, 0.6, 0.1]])
+        planner.begin_round(("a",), [3], [3], [[0.9, 0.6, 0.1]])
         planner.observe([1])
     table = planner.calibration.table()
     assert table[7] > 0.95 and table[4] < 0.1  # the first draft accepted, the second not

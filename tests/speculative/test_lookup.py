@@ -101,16 +101,16 @@ def test_wrong_drafts_before_count_against_the_chain_not_against_what_was_looked
 
 
 def test_texts_follow_their_requests():
-    texts = LookUps(4)
+    texts = LookUps(6)
     texts.begin(3, "a", list(range(20)))
     texts.add([3, 5], [[0, 1, 2, 9], [7, 7, 7, 7]], [3, 1])
     assert texts.find([3, 5], [[3, 4], [3, 4]])[0] == [[5, 6, 7, 8], []]
     assert texts.find([3], [None]) == ([[]], 0.0)
     texts.begin(3, "a", [*range(20), 0, 1, 2, 3])  # prefilled again after a retraction, one token later
-    assert texts.find([3], [[4]])[0] == [[5, 6, 7, 8]]
+    assert texts.find([3], [[4]])[0] == [[5, 6, 7, 8, 9]]
     texts.begin(3, "a", list(range(100, 120)))  # the name again, for another prompt
     assert texts.find([3], [[3, 4]])[0] == [[]]
-    texts.begin(3, "b", [*range(20), 0, 1, 2])  # the index again, for another request
-    assert texts.find([3], [[3, 4]])[0] == [[5, 6, 7, 8]]
+    texts.begin(3, "b", [*range(20), 0, 1, 2, 3, 4])  # the index again, for another request
+    assert texts.find([3], [[]])[0] == [[5, 6, 7, 8, 9, 10]]
     texts.keep([1])
     assert texts.find([3], [[3, 4]])[0] == [[]]

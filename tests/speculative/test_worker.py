@@ -22,7 +22,7 @@ class RandomDepths(Witness):
     def next_depth(self, batch_size):
         return self.chance.choice([0, 0, *range(self.settings.num_steps + 1)])
 
-    def look_ups_pay(self, batch_size, tokens):
+    def look_ups_pay(self, drafted, tokens):
         return self.chance.random() < 0.8
 
     def stop_rule(self, batch_size):
@@ -116,8 +116,8 @@ def test_sampled_rounds_equal_the_rule_applied_token_by_token(monkeypatch, adapt
 class ToldTexts(LookUps):
     """Looks up what the target itself will say, as often as not with a mistake: windows accepted to any length."""
 
-    def __init__(self, count, host):
-        super().__init__(count)
+    def __init__(self, longest, host):
+        super().__init__(longest)
         self.host, self.told = host, {}
 
     def begin(self, pool_idx, rid, tokens):
@@ -139,9 +139,9 @@ class ToldHost(Host):
 
     def __init__(self, worker, seed):
         super().__init__(worker, seed)
-        texts = ToldTexts(worker.settings.look_ups, self)
+        texts = ToldTexts(worker.settings.num_draft_tokens - 1, self)
         worker.store = replace(worker.store, texts=texts)
-        self.looked_up = lambda request: texts.told[request.rid]
+        self.looked_up = lambda request, count: texts.told[request.rid]
         self.decoding = []
 
     def round(self, requests):
@@ -175,6 +175,6 @@ def test_what_is_looked_up_is_what_followed_in_the_text(monkeypatch):
     worker = make_worker(monkeypatch, 1, adaptive=True, look_ups=3)
     worker.depths = RandomDepths(worker.settings, seed=3)
     host = Host(worker, seed=50)
-    host.looked_up = lambda request: continuation(request.tokens, request.drafts, 3, ngram=2)
+    host.looked_up = lambda request, count: continuation(request.tokens, request.drafts, count, ngram=2)
     play(host, 200, every=True)
     assert host.offered.count(4) > 10 and host.offered.count(1) > 10

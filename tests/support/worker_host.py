@@ -26,9 +26,9 @@ POOL, LENGTH, SLOTS = 6, 160, 20_000
 class Witness(DepthPlanner):
     """Tells the host how many drafts a round verifies."""
 
-    def begin_round(self, rids, offered, confidences):
-        super().begin_round(rids, offered, confidences)
-        self.offered = offered
+    def begin_round(self, rids, drafted, offered, confidences):
+        super().begin_round(rids, drafted, offered, confidences)
+        self.offered, self.wide = offered, offered != drafted
 
 
 class Pool:
@@ -150,7 +150,7 @@ class Host:
         self.offered: list[int] = []
         self.count = 0
         # What a request's chain goes on with where the round is a wide one; as the rule of look-ups says.
-        self.looked_up = lambda request: continuation(request.tokens, request.drafts, worker.settings.look_ups)
+        self.looked_up = lambda request, count: continuation(request.tokens, request.drafts, count)
 
     # Requests.
 
@@ -244,11 +244,11 @@ class Host:
     def _offer(self, requests: list[ToyRequest]) -> None:
         """Hold what the round verified against the requests' drafts, limits and look-ups."""
         offered = self.worker.depths.offered if requests else []
-        wide = self.worker.settings.num_draft_tokens - 1
+        longest = self.worker.settings.num_draft_tokens - 1
         for request, count in zip(requests, offered, strict=True):
-            limit = wide if request.limit is None else request.limit
-            if len(request.drafts) == self.steps < count and limit >= wide:
-                looked_up = self.looked_up(request)
+            limit = longest if request.limit is None else request.limit
+            if self.worker.depths.wide and limit >= longest:
+                looked_up = self.looked_up(request, longest - len(request.drafts))
                 request.drafts = request.drafts + looked_up
                 request.proposals = request.proposals + [sure(token) for token in looked_up]
             assert count == min(limit, len(request.drafts)), (request.rid, count)
