@@ -3,7 +3,11 @@
 SGLang's own signatures; each says in which case it leaves SGLang's answer alone.
 """
 
+import logging
+
 from sglang_step35 import names
+
+logger = logging.getLogger(__name__)
 
 
 def require_our_model(resolved, model_config):
@@ -40,6 +44,29 @@ def adaptive_unsupported_reason(stock_reason, server_args) -> str | None:
     if not serves_mtp(server_args) or attn_dp_enabled_of(resolved_view(server_args)):
         return stock_reason(server_args)
     return None
+
+
+def keep_num_draft_tokens(_result, server_args) -> None:
+    """Give our worker the `--speculative-num-draft-tokens` asked for: what is above steps + 1 is room for look-ups.
+
+    SGLang resets it to steps + 1, with a warning that does not hold then.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    asked, steps = server_args.speculative_num_draft_tokens, resolving_view(server_args).speculative_num_steps
+    if asked is None or asked == steps + 1 or not serves_mtp(server_args):
+        return
+    logger.info("speculative_num_draft_tokens stays %d: room for %d looked-up drafts", asked, asked - steps - 1)
+    declare_resolution(server_args, "sglang_step35.look_ups", speculative_num_draft_tokens=asked)
+
+
+def max_num_draft_tokens(stock, algorithm, server_args) -> int | None:
+    """The width of our widest verify step; adaptive depth makes none wider."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    if algorithm.is_eagle() and serves_mtp(server_args):
+        return resolving_view(server_args).speculative_num_draft_tokens
+    return stock(algorithm, server_args)
 
 
 def create_step35_worker(create_worker, algorithm, server_args):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sglang_step35 import hook_functions
 
 _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
+_ALGORITHM = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ANTHROPIC = "sglang.srt.entrypoints.anthropic"
@@ -85,6 +86,20 @@ def _model_hooks() -> list[Hook]:
             hook_functions.adaptive_unsupported_reason,
             why="--speculative-adaptive is refused with multi-layer EAGLE and with a platform's own worker",
             until="SGLang asks the worker class whether it adapts",
+        ),
+        Hook(
+            "sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
+            "after",
+            hook_functions.keep_num_draft_tokens,
+            why="a chain longer than the draft model's steps is cut to steps + 1, which leaves no room for look-ups",
+            until="SGLang lets a worker verify more than its draft model drafts",
+        ),
+        Hook(
+            f"{_ALGORITHM}.resolve_max_speculative_num_draft_tokens",
+            "around",
+            hook_functions.max_num_draft_tokens,
+            why="with --speculative-adaptive it is SGLang's own list of steps that says how wide a verify step gets",
+            until="SGLang asks the worker",
         ),
         Hook(
             f"{_DRAFT_BACKENDS}._create_flashinfer_prefill_backend",
@@ -194,19 +209,12 @@ def _http_hooks() -> list[Hook]:
             why="stock refuses `thinking: disabled` and reports stop sequences as end_turn",
             until="stock hides the thinking of models that always reason, and names stop sequences",
         ),
-        Hook(
-            f"{_ANTHROPIC}.protocol.AnthropicMessagesRequest",
-            "replace",
-            MessagesRequest,
-            why=newer_clients,
-            until="stock passes over unknown displays",
-        ),
-        Hook(
-            f"{_ANTHROPIC}.protocol.AnthropicCountTokensRequest",
-            "replace",
-            CountTokensRequest,
-            why=newer_clients,
-            until="stock passes over unknown displays",
+        *(
+            Hook(f"{_ANTHROPIC}.protocol.{name}", "replace", ours, why=newer_clients, until="stock passes over it")
+            for name, ours in (
+                ("AnthropicMessagesRequest", MessagesRequest),
+                ("AnthropicCountTokensRequest", CountTokensRequest),
+            )
         ),
         *(
             Hook(f"{_OLLAMA}.{name}", "replace", ours, why=loses, until="stock's Ollama API serves tools and thinking")
@@ -296,7 +304,7 @@ def _cuda_hooks() -> list[Hook]:
     """What an out-of-tree platform would name itself."""
     return [
         Hook(
-            "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+            f"{_ALGORITHM}.create_worker",
             "around",
             hook_functions.create_step35_worker,
             why="only out-of-tree platforms may name the worker of a reserved algorithm",

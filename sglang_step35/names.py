@@ -17,6 +17,7 @@ PLATFORM_CLASS = f"{PACKAGE}.platform.portable.PortablePlatform"
 ATTENTION_BACKEND = "step35_portable"  # value of --attention-backend
 PACKED_METHOD = "packed"  # what our quantisation calls itself
 TREE_CORE = "step35_lookahead"
+DEPTH_PARAM = "speculative_depth"  # in a request's `custom_params`
 
 
 def is_ours(config) -> bool:

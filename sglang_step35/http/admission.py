@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import GenerateReqInput, SessionParams
 
+from sglang_step35.names import DEPTH_PARAM
+
 REFUSED = "sglang_step35.refused"  # key of the ASGI scope
 MAX_SAMPLES = 1024  # of one prompt: each is a request of its own, made before the first one runs
 INT32, INT64, FLOAT32 = 2**31, 2**63, 3.4e38
@@ -110,6 +112,9 @@ def check_sampling(params: object, params_class: type) -> None:
                 raise ValueError(f"sampling_params: {name} is out of range")
     _check_range("n", given.get("n"), 1, MAX_SAMPLES)
     _check_range("stream_interval", given.get("stream_interval"), 1, INT32 - 1)
+    custom = given.get("custom_params", {})
+    if DEPTH_PARAM in custom:
+        _check_range(f"custom_params: {DEPTH_PARAM}", custom[DEPTH_PARAM], 0, INT32 - 1, may_be_absent=False)
     # With temperature 0 SGLang overwrites top_k before it looks at it.
     _check_range("top_k", given.get("top_k"), -1, INT32 - 1)
     for pattern in _each(given.get("stop_regex")):
@@ -150,8 +155,8 @@ def _each(value: object) -> list:
     return [item for item in values if item is not None]
 
 
-def _check_range(name: str, value: object, low: int, high: int) -> None:
-    if value is None:
+def _check_range(name: str, value: object, low: int, high: int, may_be_absent: bool = True) -> None:
+    if value is None and may_be_absent:
         return
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {str(value)[:80]}")

@@ -63,6 +63,13 @@ def accept_sampled(
     return tokens, kept + 1
 
 
+def propose_surely(proposal: Tensor, drafts: Tensor, first: Tensor) -> None:
+    """Make the proposal [B, D, V] of the drafts [B, D] one-hot from column first[b] on: nothing was drawn for them."""
+    sure = (torch.arange(drafts.shape[1], device=drafts.device) >= first[:, None])[:, :, None]
+    index = drafts.clamp(min=0)[:, :, None]
+    proposal.masked_fill_(sure, 0).scatter_(2, index, torch.where(sure, 1.0, proposal.gather(2, index)))
+
+
 def inverse_cdf(weights: Tensor, coin: Tensor) -> Tensor:
     """Sample index i with probability weights[i] / sum(weights).
 

@@ -8,14 +8,15 @@ plain decoding. Everything here is plain arithmetic on numbers handed in, no clo
 
 from collections import deque
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 
 _RARELY = 1e-6  # in place of an acceptance of 0
 
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """max_depth: MTP layers in use. smoothing: weight of one draft in the running acceptance.
+    """max_depth: MTP layers in use; min_depth: equal to it where the depth is fixed. look_ups: a round of any depth may
+    go on with looked-up drafts, which costs what it costs. smoothing: weight of one draft in the running acceptance.
 
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
@@ -26,6 +27,8 @@ class AdaptiveSettings:
     """
 
     max_depth: int
+    min_depth: int = 0
+    look_ups: bool = False
     smoothing: float = 0.05
     window: int = 32
     enough: int = 3
@@ -128,36 +131,44 @@ class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
     acceptance: [max_depth] conditional rates. cost: [max_depth + 1] seconds of a round by depth,
-    None where too few were seen.
+    None where too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
     depth: int = field(init=False)
     acceptance: list[float] = field(init=False)
     cost: list[float | None] = field(init=False)
+    wide_cost: list[float | None] = field(init=False)
     _seconds: list[deque] = field(init=False)
+    _wide_seconds: list[deque] = field(init=False)
     _former: list[float | None] = field(init=False)
     _unmeasured: int = field(init=False, default=0)
     _rounds: int = field(init=False, default=0)
     _wait: int = field(init=False)
     _turns: deque = field(init=False)
+    _wide: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self.depth = self.settings.max_depth
         self.acceptance = [0.5] * self.settings.max_depth
         depths = range(self.settings.max_depth + 1)
-        self._seconds = [deque(maxlen=self.settings.window) for _ in depths]
-        self.cost = [None for _ in depths]
+        self._seconds, self._wide_seconds = ([deque(maxlen=self.settings.window) for _ in depths] for _ in range(2))
+        self.cost = [inf if depth < self.settings.min_depth else None for depth in depths]
+        self.wide_cost = [None for _ in depths] if self.settings.look_ups else []
         self._former = [None for _ in depths]
         self._wait = self.settings.probe_every
-        self._turns = deque(depths)
+        # Past the last depth: the other width at the depth in use.
+        self._turns = deque(range(self.settings.min_depth, len(depths) + self.settings.look_ups))
 
-    def observe_round(self, depth: int, seconds: float) -> None:
-        """Note the time of a round that drafted and verified `depth` tokens."""
-        seen = self._seconds[depth]
-        seen.append(seconds)
-        if len(seen) >= self.settings.enough:
-            self.cost[depth] = sorted(seen)[len(seen) // 4]
+    def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
+        """Note the time of a round that drafted and verified `depth` tokens; wide: and looked-up ones."""
+        if depth < self.settings.min_depth:
+            return
+        costs, seen = (self.wide_cost, self._wide_seconds) if wide else (self.cost, self._seconds)
+        seen[depth].append(seconds)
+        if len(seen[depth]) >= self.settings.enough:
+            costs[depth] = sorted(seen[depth])[len(seen[depth]) // 4]
+        self._wide = wide
 
     def observe_acceptance(self, offered: list[int], accepted: list[int]) -> None:
         """Per draft position: requests that reached it with a draft, and those it was accepted for."""
@@ -189,22 +200,44 @@ class DepthController:
         cost, depths = self._costs(), range(1, self.settings.max_depth)
         if len(cost) < len(self.cost):
             return [0.0] * len(depths)
-        best = max(expected_tokens(self.acceptance, d) / cost[d] for d in range(len(cost)))
+        best = self._best_rate()
         extra = [max(0.0, cost[d + 1] - cost[d]) for d in depths]
         hopes = [max(self.acceptance[d], _RARELY) for d in depths]
         return [best * seconds / hope for seconds, hope in zip(extra, hopes, strict=True)]
+
+    def look_ups_pay(self, depth: int, tokens: float) -> bool:
+        """Whether looked-up drafts that should add `tokens` to a round of this depth are worth its wider verify step.
+
+        As for one more MTP layer: they have to give at least the tokens that rounds give on average for the seconds
+        they cost. Where these are not known, the kind of round that is to be measured comes next.
+        """
+        without, with_them = self.cost[depth], self.wide_cost[depth]
+        if without is None or with_them is None:
+            return without is not None
+        return tokens > self._best_rate() * max(0.0, with_them - without)
+
+    def _best_rate(self) -> float:
+        """Tokens a second at the best measured depth."""
+        rates = (expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(self.cost) if cost is not None)
+        return max(rates)
 
     def _costs(self) -> list[float]:
         """The measured costs: all depths' unless one is under trial."""
         return [seconds for seconds in self.cost if seconds is not None]
 
     def _probe(self) -> int:
-        """Forget what another depth cost, so that the next rounds measure it; returns it."""
+        """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""
         self._rounds, self._wait = 0, min(2 * self._wait, self.settings.probe_at_most)
         self._turns.rotate(-1)
         if self._turns[-1] == self.depth:
             self._turns.rotate(-1)
         depth = self._turns[-1]
+        if depth > self.settings.max_depth:
+            depth = self.depth
+            if not self._wide:
+                self._wide_seconds[depth].clear()
+                self.wide_cost[depth] = None
+                return depth
         self._seconds[depth].clear()
         self._former[depth], self.cost[depth] = self.cost[depth], None
         return depth

@@ -1,8 +1,10 @@
 """How many MTP layers run in a round: the controllers of `adaptive` fed with a clock and the worker's rounds."""
 
+import sys
 import time
 from collections import deque
 
+from sglang_step35.names import DEPTH_PARAM
 from sglang_step35.speculative.adaptive import (
     AdaptiveSettings,
     Calibration,
@@ -13,10 +15,16 @@ from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.settings import MTPSettings
 
 
-class DepthPlanner:
-    """Adaptive depth for the worker: one controller per power of two of batch sizes.
+def depth_limit(req) -> int:
+    """Drafts a round that a request allows at most: `custom_params` {"speculative_depth": n}, checked on admission."""
+    return (req.sampling_params.custom_params or {}).get(DEPTH_PARAM, sys.maxsize)
 
-    Without `settings.adaptive` every round drafts num_steps tokens. Of what decides the depth only the seconds differ
+
+class DepthPlanner:
+    """Adaptive depth and width for the worker: one controller per power of two of batch sizes.
+
+    Without `settings.adaptive` every round drafts num_steps tokens; whether looked-up ones follow is measured
+    nevertheless. Of what decides the depth only the seconds differ
     between ranks, so rank 0's clock serves all.
     """
 
@@ -26,49 +34,53 @@ class DepthPlanner:
         self._ranks = ranks
         self._controllers: dict[int, DepthController] = {}
         self.calibration = Calibration()
-        self._pending: deque[tuple[list[int], list[list[float]]]] = deque()
-        self._last: tuple[float, frozenset, int] | None = None
+        self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
+        self._last: tuple[float, frozenset, tuple[int, bool]] | None = None
 
-    def begin_round(self, rids: tuple[str, ...], offered: list[int], confidences: list[list[float]]) -> None:
-        """Note the start of a round that verifies offered[b] drafts of each request.
+    def begin_round(
+        self, rids: tuple[str, ...], drafted: list[int], offered: list[int], confidences: list[list[float]]
+    ) -> None:
+        """Note the start of a round that verifies offered[b] drafts of each request, drafted[b] of them MTP layers'.
 
-        confidences[b]: the layers' probabilities of those drafts; empty where they are unknown.
+        confidences[b]: the layers' probabilities of theirs; empty where they are unknown.
 
         The time from one round's start to the next is what a round costs, scheduling included,
         unless requests joined, whose prefill it would include.
         """
         if rids:  # idle batches are not reported back
-            self._pending.append((offered, confidences))
-        if not self.settings.adaptive:
+            self._pending.append((drafted, offered, confidences))
+        if not self._measures:
             return
-        now, depth = self._clock(), max(offered, default=0)
-        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == depth:
+        now, depth, wide = self._clock(), max(drafted, default=0), offered != drafted
+        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == (depth, wide):
             seconds = self._ranks.same_number(now - self._last[0])
-            self._controller(len(rids)).observe_round(depth, seconds)
-        self._last = (now, frozenset(rids), depth)
+            self._controller(len(rids)).observe_round(depth, seconds, wide)
+        self._last = (now, frozenset(rids), (depth, wide))
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
         """Accepted drafts of each request of the oldest round not yet reported.
 
         Returns that round's drafts by position: those verification reached, those it accepted.
         """
-        offered, confidences = self._pending.popleft()
-        pairs = list(zip(offered, accepted, strict=True))
-        positions = range(self.settings.num_steps)
-        tries = [sum(o > i and a >= i for o, a in pairs) for i in positions]
-        hits = [sum(o > i and a > i for o, a in pairs) for i in positions]
+        drafted, offered, confidences = self._pending.popleft()
+        if self._measures:
+            reached = _by_position(drafted, accepted, self.settings.num_steps)
+            self._controller(len(offered)).observe_acceptance(*reached)
         if self.settings.adaptive:
-            self._controller(len(offered)).observe_acceptance(tries, hits)
-            for (count, kept), chances in zip(pairs, confidences, strict=True):
+            for count, kept, chances in zip(drafted, accepted, confidences, strict=True):
                 for i in range(min(count, kept + 1, len(chances))):
                     self.calibration.observe(chances[i], kept > i)
-        return tries, hits
+        return _by_position(offered, accepted, self.settings.num_draft_tokens - 1)
 
     def next_depth(self, batch_size: int) -> int:
-        """Drafts of the next round."""
-        if not self.settings.adaptive:
+        """MTP layers' drafts of the next round."""
+        if not self._measures:
             return self.settings.num_steps
         return self._controller(batch_size).next_depth()
+
+    def look_ups_pay(self, drafted: list[int], tokens: float) -> bool:
+        """Whether the round verifies looked-up drafts that should add `tokens` to each request, their mean."""
+        return self._controller(len(drafted)).look_ups_pay(max(drafted), tokens)
 
     def stop_rule(self, batch_size: int) -> StopRule | None:
         """When the next pass stops early; None at fixed depth."""
@@ -79,6 +91,19 @@ class DepthPlanner:
     def _controller(self, batch_size: int) -> DepthController:
         bucket = max(1, batch_size).bit_length()
         if bucket not in self._controllers:
-            settings = AdaptiveSettings(max_depth=self.settings.num_steps)
+            steps = self.settings.num_steps
+            lowest = 0 if self.settings.adaptive else steps
+            settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
             self._controllers[bucket] = DepthController(settings)
         return self._controllers[bucket]
+
+    @property
+    def _measures(self) -> bool:
+        return self.settings.adaptive or self.settings.look_ups > 0
+
+
+def _by_position(offered: list[int], accepted: list[int], count: int) -> tuple[list[int], list[int]]:
+    """Of the first `count` positions of a chain: the drafts that verification reached, and those it accepted."""
+    pairs = list(zip(offered, accepted, strict=True))
+    tries = [sum(o > i and a >= i for o, a in pairs) for i in range(count)]
+    return tries, [sum(o > i and a > i for o, a in pairs) for i in range(count)]

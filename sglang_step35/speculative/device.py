@@ -6,6 +6,7 @@ from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
 
 from sglang_step35.speculative.pass_input import MTPPassInput
+from sglang_step35.speculative.settings import MTPSettings
 
 
 def attach_draft_attention(runner) -> None:
@@ -39,8 +40,8 @@ def writes_kv_alone(runner) -> bool:
     return hasattr(runner.attn_backend, "write_kv")
 
 
-def capture_graphs(runner, num_layers: int):
-    """Graphs of the pass of these MTP layers behind a verify step; None where SGLang captures none."""
+def capture_graphs(runner, settings: MTPSettings):
+    """Graphs of the pass of the MTP layers behind a verify step; None where SGLang captures none."""
     if current_platform.is_out_of_tree():
         return None
     from sglang.srt.environ import envs
@@ -59,7 +60,7 @@ def capture_graphs(runner, num_layers: int):
         or require_gathered_buffer()
     ):
         return None
-    return MTPGraphRunner(runner, num_layers)
+    return MTPGraphRunner(runner, settings)
 
 
 def host_reads_are_free(device: torch.device) -> bool:
@@ -67,14 +68,14 @@ def host_reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def verify_width(offered: list[int], num_steps: int, device: torch.device) -> int:
+def verify_width(offered: list[int], widest: int, device: torch.device) -> int:
     """Chain tokens of a verify step for offered[b] drafts of each request.
 
     On CUDA the window keeps its full width, which the captured graphs need.
     """
     if host_reads_are_free(device):
-        return 1 + max(offered, default=num_steps)
-    return 1 + num_steps
+        return 1 + max(offered, default=widest - 1)
+    return widest
 
 
 def pass_rows(needed: int, captured: int, device: torch.device) -> int:

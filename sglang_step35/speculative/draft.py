@@ -34,6 +34,7 @@ from sglang_step35.speculative.device import (
     writes_kv_alone,
 )
 from sglang_step35.speculative.pass_input import MTPPassInput
+from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.spans import MTP, spanned
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             super().init_cuda_graphs()
 
     def _capture_cuda_graphs(self) -> None:
-        self.graphs = capture_graphs(self.draft_runner, get_spec().speculative_num_steps)
+        self.graphs = capture_graphs(self.draft_runner, MTPSettings.from_spec(get_spec()))
 
     def draft(self) -> None:
         """Unused: drafts come out of the pass that extends the MTP layers' KV."""

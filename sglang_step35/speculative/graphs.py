@@ -35,18 +35,17 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
     """Kept: SGLang's capture loop, its memory pool, graph backends and batch sizes; replaced: what is
     captured and replayed, so that nothing of the parent's set-up runs.
 
-    num_layers: MTP layers in use. Serves passes of `pass_rows` rows per request, which all are unless
-    rounds skip layers.
+    Serves passes of the settings' `pass_rows` rows per request, which all are unless rounds skip layers.
     """
 
-    def __init__(self, runner, num_layers: int):
+    def __init__(self, runner, settings: MTPSettings):
         self.model_runner = runner
         self.model = runner.model
         self.attn_backend = runner.attn_backend
         self.device = runner.device
         self.device_module = torch.get_device_module(self.device)
-        self.num_layers = num_layers
-        width = self.captured_req_width = MTPSettings(num_layers).pass_rows
+        self.num_layers = settings.num_steps
+        width = self.captured_req_width = settings.pass_rows
         self._set_what_the_capture_loop_reads()
         self.capture_bs, _ = get_batch_sizes_to_capture(runner)
         self.max_bs = max(self.capture_bs)
@@ -57,7 +56,7 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         self.buffers = PassBuffers.allocate(
             self.max_bs,
             width,
-            num_layers,
+            self.num_layers,
             runner.model_config.hidden_size,
             runner.dtype,
             self.device,

@@ -78,6 +78,12 @@ class PrefillPass:
             offset += end - prefix
         return torch.cat(pieces)
 
+    def begin_texts(self, next_token_ids: list[int]) -> None:
+        """From here on tokens are looked up in these requests' prompts and output."""
+        for b, final in enumerate(self.final):
+            if final:
+                self.store.texts.begin(self.pool_idx[b], self.rids[b], [*self.ids[b], next_token_ids[b]])
+
     def remember(self, rows: MTPPassInput, hidden: Tensor) -> None:
         """Note this prefill in the store, and put the last C positions of every request into the rings."""
         self.store.begin_prefill(self.pool_idx, self.rids, self.firsts, self.ends)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sglang_step35.names import is_our_code
 
+MAX_LOOK_UPS = 60  # a verify step of 64 tokens
 _MAX_LAG = 96  # positions that layers may lag before they must catch up
 
 
@@ -16,22 +17,30 @@ class MTPSettings:
     """num_steps: drafts per round (`--speculative-num-steps`), one MTP layer each.
 
     adaptive: let measured acceptance and cost choose 0 .. num_steps drafts per round
-    (`--speculative-adaptive`).
+    (`--speculative-adaptive`). look_ups: drafts looked up in the request's own text after a whole chain of num_steps,
+    the room that `--speculative-num-draft-tokens` leaves.
     """
 
     num_steps: int
     adaptive: bool = False
+    look_ups: int = 0
+
+    @classmethod
+    def from_spec(cls, spec) -> "MTPSettings":
+        """From SGLang's resolved speculative arguments."""
+        steps = spec.speculative_num_steps
+        return cls(steps, spec.speculative_adaptive, spec.speculative_num_draft_tokens - steps - 1)
 
     @property
     def num_draft_tokens(self) -> int:
-        """Verify width: the drafts and the token before them."""
-        return self.num_steps + 1
+        """Verify width at most: all drafts and the token before them."""
+        return self.num_steps + 1 + self.look_ups
 
     @property
     def pass_rows(self) -> int:
-        """Rows of an MTP pass behind a verify step: its S + 1 tokens, and the S - 1 positions before
+        """Rows of an MTP pass behind the widest verify step: its tokens, and the S - 1 positions before
         them whose KV the last layer recomputes with the true tokens."""
-        return 2 * self.num_steps
+        return self.num_draft_tokens + self.num_steps - 1
 
     @property
     def ring_capacity(self) -> int:
@@ -66,9 +75,10 @@ def check_settings(
             f"--speculative-num-steps {num_steps}: this checkpoint has {num_mtp_layers} MTP "
             f"layers (num_nextn_predict_layers), use 1 to {num_mtp_layers}"
         )
-    if num_draft_tokens != num_steps + 1:
+    if not num_steps < num_draft_tokens <= num_steps + 1 + MAX_LOOK_UPS:
         raise SpeculativeSettingsError(
-            f"--speculative-num-draft-tokens {num_draft_tokens}: must be --speculative-num-steps + 1 = {num_steps + 1}"
+            f"--speculative-num-draft-tokens {num_draft_tokens}: use --speculative-num-steps + 1 = {num_steps + 1} "
+            f"or, with look-up drafts, up to {MAX_LOOK_UPS} more"
         )
     if attention_dp > 1:
         raise SpeculativeSettingsError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sglang_step35.speculative.host_copy import to_device
+from sglang_step35.speculative.lookup import LookUps
 from sglang_step35.speculative.settings import MTPSettings
 
 
@@ -29,6 +30,7 @@ class RequestStore:
     drafts: "LastDrafts"
     probs: "DraftProbs"
     counts: "OutputCounts"
+    texts: LookUps
 
     @classmethod
     def allocate(
@@ -42,6 +44,7 @@ class RequestStore:
             drafts=LastDrafts(pool_size),
             probs=DraftProbs(vocab_size, device),
             counts=OutputCounts(vocab_size, device),
+            texts=LookUps(settings.num_draft_tokens - 1),
         )
 
     def begin_prefill(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
@@ -53,6 +56,7 @@ class RequestStore:
         """A round verifies these requests, the only ones that decode."""
         self.rings.leave_prefill(pool_idx)
         self.probs.keep(pool_idx)
+        self.texts.keep(pool_idx)
 
     def note_drafts(self, pool_idx: list[int], count: int, sampler) -> None:
         """A pass drafted `count` tokens for each request, with this DraftSampler."""

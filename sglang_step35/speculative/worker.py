@@ -1,5 +1,6 @@
 """The speculative worker SGLang's scheduler drives: verify a chain, then draft the next one.
 
+A chain is the MTP layers' drafts and, where they pay, tokens looked up in the request's own text.
 A round of a request with m committed positions and the bonus token x_m:
 1. verify: the target runs the chain (x_m, drafts) at positions m .. m + N - 1; some prefix of it is
    accepted and the target adds one token, so the request has m' = m + accept_len positions;
@@ -15,10 +16,12 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.hicache.layer_pools import layer_pools
-from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
+from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
+from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.metrics import DraftCounters
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.penalties import PenaltyRule
@@ -41,10 +44,7 @@ class Step35SpecWorker(BaseSpecWorker):
         super().__init__()
         spec = get_spec()
         self._target_worker = target_worker
-        self.settings = MTPSettings(
-            num_steps=spec.speculative_num_steps,
-            adaptive=spec.speculative_adaptive,
-        )
+        self.settings = MTPSettings.from_spec(spec)
         check_settings(
             num_steps=spec.speculative_num_steps,
             topk=spec.speculative_eagle_topk,
@@ -59,7 +59,7 @@ class Step35SpecWorker(BaseSpecWorker):
         self.draft_counters = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
             name = server_args.served_model_name
-            self.draft_counters = DraftCounters(name, self.settings.num_steps)
+            self.draft_counters = DraftCounters(name, self.settings.num_draft_tokens - 1)
 
     @property
     def last_shared_read_runner(self):
@@ -137,6 +137,8 @@ class Step35SpecWorker(BaseSpecWorker):
         # The scheduler drops what a chunk inside a prompt samples and drafts.
         self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
         self.store.note_drafts(prefill.pool_idx, len(sampler.drafts), sampler)
+        if self.settings.look_ups:
+            prefill.begin_texts(result.next_token_ids.tolist())
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
 
@@ -145,15 +147,17 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        offered = self.store.drafts.counts(pool_idx)
+        drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
-        self.depths.begin_round(rids, offered, self.store.drafts.confidences(pool_idx))
-        width = verify_width(offered, self.settings.num_steps, batch.seq_lens.device)
+        self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
+        width = verify_width(offered, self.settings.num_draft_tokens, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
-        chain = torch.cat([bonus[:, None], draft_input.topk_index[:, : width - 1]], dim=1)
-        # [B, S, V] are copied here: only where a request samples.
-        greedy = batch.sampling_info.is_all_greedy
-        proposal = None if greedy else self.store.probs.get(pool_idx, width - 1)
+        chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
+        proposal = None
+        if not batch.sampling_info.is_all_greedy:  # [B, N - 1, V] are copied here
+            proposal = self.store.probs.get(pool_idx, width - 1)
+            if offered != drafted:
+                propose_surely(proposal, chain[:, 1:], *to_device(drafted, device=chain.device))
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
         outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
@@ -164,7 +168,33 @@ class Step35SpecWorker(BaseSpecWorker):
         last = (outcome.accept_lens - 1)[:, None]
         bonus = outcome.tokens.gather(1, last).squeeze(1)
         outcome.result.next_draft_input = sampler.draft_input(bonus)
+        if self.settings.look_ups:
+            self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result
+
+    def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
+        """For each request, the MTP layers' drafts it verifies, all that it verifies, and these: [B, S] or [B, N - 1].
+
+        drafts: [B, S], the MTP layers'.
+        """
+        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, reqs))
+        drafted = list(map(min, counts, limits))
+        if drafted != counts:
+            (kept,) = to_device(drafted, device=drafts.device)
+            columns = torch.arange(drafts.shape[1], device=drafts.device)
+            drafts = drafts.masked_fill(columns >= kept[:, None], NO_DRAFT)
+        if not self.settings.look_ups:
+            return drafted, drafted, drafts
+        longest = self.settings.num_draft_tokens - 1
+        chains = [chain[:count] for chain, count in zip(drafts.tolist(), drafted, strict=True)]
+        may_go_on = zip(chains, limits, strict=True)
+        found, tokens = self.store.texts.find(pool_idx, [c if limit >= longest else None for c, limit in may_go_on])
+        free = not host_reads_are_free(drafts.device)  # the window is as wide without them
+        if any(found) and (free or self.depths.look_ups_pay(drafted, tokens)):
+            chains = [chain + more for chain, more in zip(chains, found, strict=True)]
+        rows = [chain + [NO_DRAFT] * (longest - len(chain)) for chain in chains]
+        (flat,) = to_device([token for row in rows for token in row], device=drafts.device)
+        return drafted, list(map(len, chains)), flat.view(-1, longest)
 
     def _draft(
         self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome
@@ -172,7 +202,9 @@ class Step35SpecWorker(BaseSpecWorker):
         """Bring the MTP layers up to the committed length and draft the next chain."""
         steps, width = self.settings.num_steps, outcome.tokens.shape[1]
         depth = self.depths.next_depth(len(pool_idx))
-        full = self.store.lag.must_catch_up(pool_idx, width, steps + 1)
+        if self.settings.adaptive:  # layers may lag
+            depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
+        full = self.store.lag.must_catch_up(pool_idx, width, self.settings.num_draft_tokens)
         if full:
             depth = steps
         may_stop = depth > 1 and not full

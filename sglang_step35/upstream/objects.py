@@ -27,7 +27,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.sampling.sampling_params",
-        has("SamplingParams", "min_new_tokens sampling_seed stop_token_ids"),
+        has("SamplingParams", "custom_params min_new_tokens sampling_seed stop_token_ids"),
     ),
     *module(
         "sglang.srt.model_executor.model_runner",

@@ -54,10 +54,15 @@ ROWS = (
         "sglang.srt.speculative.spec_info",
         takes("SpeculativeAlgorithm.create_worker", "self server_args", hooked=True),
         takes("SpeculativeAlgorithm.is_eagle", "self"),
+        takes("SpeculativeAlgorithm.resolve_max_speculative_num_draft_tokens", "self server_args", hooked=True),
     ),
     *module(
         "sglang.srt.speculative.adaptive_spec_params",
         takes("adaptive_unsupported_reason", "server_args", hooked=True),
+    ),
+    *module(
+        "sglang.srt.arg_groups.speculative_hook",
+        takes("_handle_eagle_family", "server_args", hooked=True),
     ),
     *module(
         "sglang.srt.arg_groups.model_override_base",
@@ -66,6 +71,7 @@ ROWS = (
     *module(
         "sglang.srt.arg_groups.overrides",
         takes("attn_dp_enabled_of", "cfg"),
+        takes("declare_resolution", "server_args source **fields"),
         takes("resolved_view", "server_args"),
         takes("resolving_view", "server_args"),
     ),

@@ -45,6 +45,7 @@ GOOD_SAMPLING = [
     {"regex": "(a|b)"},
     {"ebnf": 'root ::= "a"'},
     {"custom_params": {"a": [1, 2]}},
+    {"custom_params": {"speculative_depth": 0}},
 ]
 
 
@@ -88,6 +89,9 @@ BAD_SAMPLING = [
     ({"regex": 5}, "regex"),
     ({"ebnf": ["root"]}, "ebnf"),
     ({"ignore_eos": "perhaps"}, "ignore_eos"),
+    ({"custom_params": {"speculative_depth": -1}}, "custom_params: speculative_depth must be an integer in"),
+    ({"custom_params": {"speculative_depth": 0.5}}, "custom_params: speculative_depth must be an integer in"),
+    ({"custom_params": {"speculative_depth": None}}, "custom_params: speculative_depth must be an integer in"),
     ({"no_such_parameter": 1}, "no_such_parameter"),
     ({"is_normalized": True}, "is_normalized"),
     ({"stop_strs": ["a"]}, "stop_strs"),

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled, inverse_cdf
+from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled, inverse_cdf, propose_surely
 
 VOCAB, DRAFTS, SAMPLES = 5, 3, 200_000
 
@@ -66,6 +66,24 @@ def chi_square(tokens, expected):
 def test_sampled_output_follows_the_target(seed, greedy_drafts):
     p, q = random_tables(seed)
     tokens = run_rounds(p, q, greedy_drafts=greedy_drafts, seed=seed)
+    assert chi_square(tokens, exact_distribution(p)) < 1.3
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_looked_up_drafts_after_sampled_ones_leave_the_target_alone(first):
+    """From column `first` on every draft follows from the tokens before it, and its proposal is one-hot."""
+    p, q = random_tables(first)
+
+    def looked_up(drafts, target, proposal, coins, final):
+        drafts, target = drafts.clone(), target.clone()
+        for column in range(first, DRAFTS):
+            before = drafts[:, column - 1] if column else torch.zeros_like(final, dtype=torch.long)
+            drafts[:, column] = (before * 2 + column) % VOCAB
+            target[:, column + 1] = p[drafts[:, column]]
+        propose_surely(proposal, drafts, torch.full((SAMPLES,), first))
+        return accept_sampled(drafts, target, proposal, coins, final)
+
+    tokens = run_rounds(p, q, greedy_drafts=False, seed=first, rule=looked_up)
     assert chi_square(tokens, exact_distribution(p)) < 1.3
 
 

@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
 from sglang_step35.speculative.graphs import _reads_end_with_the_first_layer
 from sglang_step35.speculative.pass_input import window_rows
+from sglang_step35.speculative.settings import MTPSettings
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.nano_model import generate_all, greedy, histogram, prompts
@@ -139,7 +140,7 @@ def graphs(mtp, requests_table, monkeypatch):
                 self.capture_one_shape(size, None)
 
     monkeypatch.setattr(graphs.MTPGraphRunner, "capture", capture)
-    return graphs.MTPGraphRunner(make_runner(mtp, requests_table), STEPS)
+    return graphs.MTPGraphRunner(make_runner(mtp, requests_table), MTPSettings(STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_tritons_captured_pass_has_the_rows_of_the_mtp_pass(mtp, requests_table,
     runner = make_runner(mtp, requests_table)
     runner.attn_backend = backend = TritonRows()
     monkeypatch.setattr(type(graphs), "capture", lambda self: None)
-    type(graphs)(runner, STEPS)
+    type(graphs)(runner, MTPSettings(STEPS))
     mode, ends = ForwardMode.DRAFT_EXTEND_V2, torch.tensor([10, 21])
     starts, *_ = backend._update_draft_extend_buffers(None, 2, ends, mode, None, torch.tensor([0, 1]))
     assert starts.tolist() == [0, WIDTH, 2 * WIDTH]

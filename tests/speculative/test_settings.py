@@ -1,5 +1,7 @@
 """What the MTP worker refuses at start, and that the message names the flag."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sglang_step35 import plugin
@@ -20,6 +22,16 @@ def test_as_many_steps_as_layers_or_fewer(steps, layers):
     assert MTPSettings(num_steps=steps).num_draft_tokens == steps + 1
 
 
+@pytest.mark.parametrize("width", [4, 5, 12, 64])
+def test_what_is_above_steps_and_one_is_room_for_look_ups(width):
+    check_settings(**{**GOOD, "num_draft_tokens": width})
+    spec = SimpleNamespace(
+        speculative_num_steps=3, speculative_num_draft_tokens=width, speculative_adaptive=True, speculative_eagle_topk=1
+    )
+    settings = MTPSettings.from_spec(spec)
+    assert (settings.num_steps, settings.look_ups, settings.num_draft_tokens) == (3, width - 4, width)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -27,7 +39,8 @@ def test_as_many_steps_as_layers_or_fewer(steps, layers):
         ({"topk": 2}, "--speculative-eagle-topk 2.*use 1"),
         ({"num_steps": 4, "num_draft_tokens": 5}, "--speculative-num-steps 4.*use 1 to 3"),
         ({"num_steps": 0, "num_draft_tokens": 1}, "--speculative-num-steps 0"),
-        ({"num_draft_tokens": 8}, "--speculative-num-draft-tokens 8.*= 4"),
+        ({"num_draft_tokens": 3}, "--speculative-num-draft-tokens 3.*= 4"),
+        ({"num_draft_tokens": 65}, "--speculative-num-draft-tokens 65.*up to 60 more"),
         ({"attention_dp": 2}, "--attn-dp-size"),
         ({"pipeline": 2}, "--pp-size 2.*remove --speculative-algorithm"),
     ],

@@ -1,16 +1,19 @@
 """The worker's rounds and prefills against a loop that recomputes everything, on random schedules of requests."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from sglang_step35.speculative.depth import DepthPlanner
-from tests.support.toy_mtp import VOCAB
-from tests.support.worker_host import LENGTH, Host, make_worker
+from sglang_step35.speculative import lookup
+from sglang_step35.speculative.lookup import LookUps
+from tests.support.plain_lookup import continuation
+from tests.support.toy_mtp import VOCAB, Definition
+from tests.support.worker_host import LENGTH, Host, Witness, make_worker
 
 
-class RandomDepths(DepthPlanner):
-    """Any depth in any round, and passes that stop at any layer."""
+class RandomDepths(Witness):
+    """Any depth in any round, passes that stop at any layer, and look-ups or none."""
 
     def __init__(self, settings, seed):
         super().__init__(settings)
@@ -18,6 +21,9 @@ class RandomDepths(DepthPlanner):
 
     def next_depth(self, batch_size):
         return self.chance.choice([0, 0, *range(self.settings.num_steps + 1)])
+
+    def look_ups_pay(self, drafted, tokens):
+        return self.chance.random() < 0.8
 
     def stop_rule(self, batch_size):
         return self
@@ -35,7 +41,7 @@ def random_options(chance, sampled):
     penalty = (0.4, 0.3, 1.2) if chance.random() < 0.3 else (0.0, 0.0, 1.0)
     temperature = chance.choice([0.0, 0.8, 1.3]) if sampled else 0.0
     options = dict(penalty=penalty, temperature=temperature, seed=chance.randrange(1000))
-    return options | dict(min_new_tokens=chance.choice([0, 0, 9]))
+    return options | dict(min_new_tokens=chance.choice([0, 0, 9]), limit=chance.choice([None, None, None, 0, 2]))
 
 
 def admit(host, live, sampled):
@@ -49,8 +55,11 @@ def admit(host, live, sampled):
     live.append(host.admit(prompt, hit, donor, **random_options(chance, sampled)))
 
 
-def play(host, events, sampled=False):
-    """A random schedule."""
+def play(host, events, sampled=False, every=False):
+    """A random schedule; every: rounds hold all decoding requests, as SGLang's decode batch does.
+
+    Sampling and look-ups rely on that; the rings bear any batch.
+    """
     chance, live = host.chance, []
     for _ in range(events):
         waiting = [r for r in live if not r.prefilled]
@@ -69,8 +78,7 @@ def play(host, events, sampled=False):
         elif what < 0.47 and decoding:
             host.retract(decoding[0], index=chance.choice([None, decoding[0].pool_idx]))
         elif decoding:
-            # SGLang's decode batch holds every running request, which sampling relies on; the rings bear any batch.
-            host.round(decoding if sampled else decoding[: chance.randint(1, 4)])
+            host.round(decoding if sampled or every else decoding[: chance.randint(1, 4)])
         for request in [r for r in live if len(r.tokens) > LENGTH - 20]:
             live.remove(request)
             host.release(request)
@@ -103,3 +111,70 @@ def test_sampled_rounds_equal_the_rule_applied_token_by_token(monkeypatch, adapt
     host = Host(worker, seed=20)
     play(host, 140, sampled=True)
     assert set(host.accepted) == {0, 1, 2, 3}
+
+
+class ToldTexts(LookUps):
+    """Looks up what the target itself will say, as often as not with a mistake: windows accepted to any length."""
+
+    def __init__(self, longest, host):
+        super().__init__(longest)
+        self.host, self.told = host, {}
+
+    def begin(self, pool_idx, rid, tokens):
+        super().begin(pool_idx, rid, tokens)
+        self._texts[pool_idx].look_up = lambda drafts, count: self.tell(pool_idx, drafts, count)
+
+    def tell(self, pool_idx, drafts, count):
+        (request,) = [r for r in self.host.decoding if r.pool_idx == pool_idx]
+        definition, told = Definition(request.tokens), []
+        while len(told) < count:
+            token = int(definition.target(drafts + told).argmax())
+            told.append(token if self.host.chance.random() < 0.95 else (token + 1) % VOCAB)
+        self.told[request.rid] = told if self.host.chance.random() < 0.8 else []
+        return self.told[request.rid]
+
+
+class ToldHost(Host):
+    """A host whose worker looks up `ToldTexts`."""
+
+    def __init__(self, worker, seed):
+        super().__init__(worker, seed)
+        texts = ToldTexts(worker.settings.num_draft_tokens - 1, self)
+        worker.store = replace(worker.store, texts=texts)
+        self.looked_up = lambda request, count: texts.told[request.rid]
+        self.decoding = []
+
+    def round(self, requests):
+        self.decoding = requests
+        super().round(requests)
+
+
+@pytest.mark.parametrize("steps, look_ups", [(1, 4), (2, 1), (3, 8)])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rounds_with_looked_up_drafts_equal_a_full_recompute(monkeypatch, steps, look_ups, adaptive, sampled):
+    worker = make_worker(monkeypatch, steps, adaptive=adaptive, look_ups=look_ups)
+    if adaptive:
+        worker.depths = RandomDepths(worker.settings, seed=steps)
+    host = ToldHost(worker, seed=30 + steps)
+    play(host, 160, sampled, every=True)
+    assert set(host.accepted) >= {0, steps} and steps + look_ups in host.offered
+    assert max(host.accepted) > steps or sampled
+
+
+def test_the_window_keeps_its_full_width_where_graphs_need_it(monkeypatch):
+    worker = make_worker(monkeypatch, 3, full_width=True, look_ups=5)
+    host = ToldHost(worker, seed=40)
+    play(host, 120, every=True)
+    assert set(host.accepted) >= {0, 3} and max(host.accepted) > 3
+
+
+def test_what_is_looked_up_is_what_followed_in_the_text(monkeypatch):
+    """Two tokens have to have occurred before, among thirteen; the host looks them up by brute force."""
+    monkeypatch.setattr(lookup, "NGRAM", 2)
+    worker = make_worker(monkeypatch, 1, adaptive=True, look_ups=3)
+    worker.depths = RandomDepths(worker.settings, seed=3)
+    host = Host(worker, seed=50)
+    host.looked_up = lambda request, count: continuation(request.tokens, request.drafts, count, ngram=2)
+    play(host, 200, every=True)
+    assert host.offered.count(4) > 10 and host.offered.count(1) > 10

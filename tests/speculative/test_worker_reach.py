@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from sglang_step35.planner.kv import KVLayout
-from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.state import RequestRings
 from tests.support.toy_mtp import EARLIER_KEYS
-from tests.support.worker_host import Host, make_worker
+from tests.support.worker_host import Host, Witness, make_worker
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 
@@ -48,7 +47,7 @@ class WitnessRings(RequestRings):
                 assert held[index, position % self.capacity] == position, "overwritten or never written"
 
 
-class Laggiest(DepthPlanner):
+class Laggiest(Witness):
     """Never drafts of its own accord: only what must be caught up runs."""
 
     def next_depth(self, batch_size):

@@ -22,6 +22,7 @@ class ToyRequest:
     pool_idx: int
     penalty: tuple[float, float, float] = NO_PENALTY  # frequency, presence, repetition
     min_new_tokens: int = 0
+    limit: int | None = None  # drafts a round it allows
     temperature: float = 0.0
     seed: int = 0
     output_ids: list[int] = field(default_factory=list)
@@ -46,6 +47,7 @@ class ToyRequest:
             repetition_penalty=repetition,
             min_new_tokens=self.min_new_tokens,
             stop_token_ids=None,
+            custom_params=None if self.limit is None else {"speculative_depth": self.limit},
         )
 
     @property
@@ -121,6 +123,11 @@ def sample(weights: Tensor, coin: float) -> int:
     """The first token whose cumulated weight exceeds the coin's share."""
     cumulated = weights.double().cumsum(-1)
     return int((cumulated > coin * cumulated[-1]).nonzero()[0])
+
+
+def sure(token: int) -> Tensor:
+    """The distribution [V] of a token that was not drawn."""
+    return torch.eye(VOCAB)[token]
 
 
 def sampling_info(requests, **changes) -> SimpleNamespace:

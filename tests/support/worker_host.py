@@ -15,10 +15,20 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from sglang_step35.speculative import device, draft, verify, worker
 from sglang_step35.speculative.acceptance import NO_DRAFT
+from sglang_step35.speculative.depth import DepthPlanner
+from tests.support.plain_lookup import continuation
 from tests.support.toy_mtp import EARLIER_KEYS, VOCAB, ToyMTP, ToyTarget, target_logits
-from tests.support.toy_requests import ToyRequest, sampling_info
+from tests.support.toy_requests import ToyRequest, sampling_info, sure
 
 POOL, LENGTH, SLOTS = 6, 160, 20_000
+
+
+class Witness(DepthPlanner):
+    """Tells the host how many drafts a round verifies."""
+
+    def begin_round(self, rids, drafted, offered, confidences):
+        super().begin_round(rids, drafted, offered, confidences)
+        self.offered, self.wide = offered, offered != drafted
 
 
 class Pool:
@@ -96,13 +106,13 @@ def prepare_for_verify(spec_info, pool, batch, target_worker):
     return forward_batch(batch, None), False
 
 
-def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: bool = False):
+def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: bool = False, look_ups: int = 0):
     """A worker over toy models, its memory allocated; full_width: as on CUDA."""
     spec = SimpleNamespace(
         speculative_num_steps=steps,
         speculative_adaptive=adaptive,
         speculative_eagle_topk=1,
-        speculative_num_draft_tokens=steps + 1,
+        speculative_num_draft_tokens=steps + 1 + look_ups,
         speculative_use_rejection_sampling=False,
     )
     monkeypatch.setattr(worker, "get_spec", lambda: spec)
@@ -117,12 +127,13 @@ def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: boo
     monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
     if full_width:
         monkeypatch.setattr(draft, "writes_kv_alone", lambda runner: False)
-        monkeypatch.setattr(worker, "verify_width", lambda offered, num_steps, device: 1 + num_steps)
+        monkeypatch.setattr(worker, "verify_width", lambda offered, widest, device: widest)
         monkeypatch.setattr(worker, "pass_rows", lambda needed, captured, device: max(needed, captured))
     pool = Pool()
     args = SimpleNamespace(enable_metrics=False, served_model_name="toy")
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(pool, 3))
     made.alloc_memory_pool(req_to_token_pool=pool)
+    made.depths = Witness(made.settings)
     return made
 
 
@@ -139,7 +150,10 @@ class Host:
         self.indices = list(range(POOL))
         self.cached: list[tuple[list[int], list[int]]] = []  # tokens whose rows are final, and their slots
         self.accepted: list[int] = []
+        self.offered: list[int] = []
         self.count = 0
+        # What a request's chain goes on with where the round is a wide one; as the rule of look-ups says.
+        self.looked_up = lambda request, count: continuation(request.tokens, request.drafts, count)
 
     # Requests.
 
@@ -216,6 +230,7 @@ class Host:
             batch.seq_lens_cpu = None  # overlap scheduling does not know them
         published = []
         result = self.worker.forward_batch_generation(batch, on_publish=published.append)
+        self._offer(requests)
         assert len(published) == 1 and published[0] is result.new_seq_lens
         width = result.speculative_num_draft_tokens
         tokens = result.next_token_ids.view(len(requests), width).tolist()
@@ -228,6 +243,20 @@ class Host:
         self.accepted += [n - 1 for n in result.accept_lens.tolist()]
         if requests:
             self.worker.on_verify_complete_cpu(self.accepted[-len(requests) :])
+
+    def _offer(self, requests: list[ToyRequest]) -> None:
+        """Hold what the round verified against the requests' drafts, limits and look-ups."""
+        offered = self.worker.depths.offered if requests else []
+        longest = self.worker.settings.num_draft_tokens - 1
+        for request, count in zip(requests, offered, strict=True):
+            limit = longest if request.limit is None else request.limit
+            if self.worker.depths.wide and limit >= longest:
+                looked_up = self.looked_up(request, longest - len(request.drafts))
+                request.drafts = request.drafts + looked_up
+                request.proposals = request.proposals + [sure(token) for token in looked_up]
+            assert count == min(limit, len(request.drafts)), (request.rid, count)
+            request.drafts = request.drafts[:count]
+        self.offered += offered
 
     def _batch(self, requests: list[ToyRequest], mode: ForwardMode, lengths: list[int]) -> SimpleNamespace:
         retained = self.worker.draft_swa_window
