@@ -1,4 +1,4 @@
-"""The functions behind `hooks.py` that belong to no other room: which model, worker and backend serve.
+"""The functions behind `hooks/` that belong to no other room: which model, worker and backend serve.
 
 SGLang's own signatures; each says in which case it leaves SGLang's answer alone.
 """

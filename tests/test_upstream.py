@@ -79,7 +79,7 @@ def overridden() -> set[str]:
 
 def all_hooks() -> list[hooks.Hook]:
     """The hooks of every platform."""
-    return [*hooks.all_hooks(), *hooks._portable_hooks(), *hooks._cuda_hooks()]
+    return [*hooks.all_hooks(), *hooks.portable_hooks(), *hooks.model.cuda_hooks()]
 
 
 def test_every_imported_name_has_a_row(uses):

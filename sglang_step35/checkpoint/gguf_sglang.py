@@ -1,6 +1,6 @@
 """What SGLang asks a GGUF file besides its weights and config: architecture, end tokens, tokenizer.
 
-Functions behind `hooks.py` ("around" SGLang's own, which come first and serve every other architecture).
+Functions behind `hooks/` ("around" SGLang's own, which come first and serve every other architecture).
 """
 
 from sglang_step35.checkpoint.gguf import GGUFFiles

@@ -94,7 +94,7 @@ def check_settings(
 
 
 def check_attention_backends(names: tuple[str | None, ...], window: int | None) -> None:
-    """Refuse SGLang's own FlashInfer backend, in whose place `hooks.py` puts ours.
+    """Refuse SGLang's own FlashInfer backend, in whose place `hooks/` puts ours.
 
     SGLang 0.5.23's plans a sliding layer's verify window from a request's first keys instead of
     its last (tests/attention/test_flashinfer_window.py shows it).

@@ -10,12 +10,12 @@ A round of a request with m committed positions and the bonus token x_m:
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-from sglang.srt.runtime_context import attention_backends, get_memory, get_parallel, get_spec
+from sglang.srt.runtime_context import attention_backends, get_parallel, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftMode, HiCacheDraftPlan
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
-from sglang_step35.hicache.layer_pools import layer_pools
+from sglang_step35.hicache.layer_pools import check_plan, layer_pools
 from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
 from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
@@ -99,16 +99,7 @@ class Step35SpecWorker(BaseSpecWorker):
         plan = super()._build_hicache_draft_plan()
         if plan.mode is HiCacheDraftMode.NONE:
             return plan
-        if plan.mode is not HiCacheDraftMode.PACKED:
-            raise ValueError(
-                f"--enable-hierarchical-cache would keep the MTP layers' KV in a pool of kind {plan.mode.value!r}, "
-                "which the MTP worker does not wait for: leave --enable-unified-memory out"
-            )
-        if get_memory().hicache_storage_backend is not None:
-            raise ValueError(
-                "--hicache-storage-backend names a page of KV by its tokens and one more, but MTP layers depend on "
-                f"{self.settings.num_steps} more: leave it out, or serve without --speculative-algorithm"
-            )
+        check_plan(plan, self.settings.num_steps)
         pools = layer_pools(self._draft_worker.draft_runner.token_to_kv_pool)
         self._target_worker.model_runner.mtp_draft_device_pools = pools
         return HiCacheDraftPlan(plan.mode, pools)

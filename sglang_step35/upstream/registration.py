@@ -1,4 +1,4 @@
-"""How the package is registered, and what it hooks; the hooks' reasons are in `hooks.py`."""
+"""How the package is registered, and what it hooks; the hooks' reasons are in `hooks/`."""
 
 from sglang_step35.upstream.row import has, module, plain, takes
 

@@ -2,7 +2,7 @@
 
 SGLang 0.5.23 takes a verify window of a sliding layer from a request's first keys, runs the ragged prefill without a
 window, and plans full layers with the sliding layers' heads. Here a pass is described once, by the rows it computes,
-and each kind of layer gets a plan of its own (`flashinfer_plan.py`). `hooks.py` puts this class behind
+and each kind of layer gets a plan of its own (`plan.py`). `hooks/` puts this class behind
 `--attention-backend flashinfer` for our models.
 """
 
