@@ -3,8 +3,8 @@
     python -m scripts.benchmarks.kernels --threads 2
 
 Dense: [M, 4096] x [2560, 4096]. Experts: 32 resident ones of 4096 x 1280, top-8, random routing. Activations are
-bfloat16, the weights rotate through more memory than a cache holds. "share" is of the read bandwidth measured in the
-same run, by bytes as the checkpoint has them, for experts those of the distinct ones chosen; "of M=1" is the time a
+bfloat16, the weights rotate through more memory than a cache holds. "share" is of the read bandwidth measured between
+the runs, by bytes as the checkpoint has them, for experts those of the distinct ones chosen; "of M=1" is the time a
 byte takes, by that of one row. Prints a table and, as the last line, JSON.
 """
 
@@ -25,7 +25,7 @@ from sglang_step35.packed.tensor import PackedTensor
 
 HIDDEN, ROWS, SIZE, EXPERTS, TOP_K = 4096, 2560, 1280, 32, 8
 FORMATS = ("BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "INT4")
-READ_BYTES = 1 << 29
+READ_BYTES = 1 << 28  # of a sum, whose speed is the read bandwidth
 
 
 def main() -> None:
@@ -36,24 +36,22 @@ def main() -> None:
     reason = ik_check.why_not()
     if reason is not None:
         raise SystemExit(reason)
-    bandwidth = read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
-    print(f"{'':8} {'':8} {'M':>4} {'before':>9} {'now':>9} {'ratio':>6} {'share':>6} {'of M=1':>7}")
+    print(f"{options.threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{'':8} {'':8} {'M':>4} {'before':>9} {'now':>9} {'ratio':>6} {'GB/s':>6} {'share':>6} {'of M=1':>7}")
     results = []
     for layer, measure in (("dense", dense), ("experts", experts)):
         for name in options.formats:
             first = None
-            for rows, before, now, size in measure(name, options):
+            for rows, before, now, bandwidth, size in measure(name, options):
                 first = first or now / size
                 result = dict(layer=layer, format=name, rows=rows, before_ms=before, now_ms=now)
-                result |= dict(share=size / (now / 1e3) / bandwidth, of_one_row=now / size / first)
+                result |= dict(bandwidth=bandwidth, share=size / (now / 1e3) / bandwidth, of_one_row=now / size / first)
                 results.append(result)
-                ratios = f"{result['share']:6.2f} {now / size / first:7.2f}"
+                ratios = f"{bandwidth / 1e9:6.1f} {result['share']:6.2f} {now / size / first:7.2f}"
                 shown = f"{before:9.2f} {now:9.2f} {before / now:6.1f}" if before else f"{'-':>9} {now:9.2f} {'':6}"
                 print(f"{layer:8} {name:8} {rows:4} {shown} {ratios}", flush=True)
-    again = read_bandwidth()
-    print(f"read bandwidth afterwards {again / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}")
-    print(json.dumps({**vars(options), "bandwidth": [bandwidth, again], "results": results}))
+    print(f"load {os.getloadavg()[0]:.1f}")
+    print(json.dumps({**vars(options), "results": results}))
 
 
 def parse_options() -> argparse.Namespace:
@@ -67,14 +65,8 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of a sum, the best of several."""
-    data = torch.zeros(READ_BYTES // 4)
-    return READ_BYTES / min(clock(data.sum) for _ in range(5))
-
-
-def dense(name: str, options: argparse.Namespace) -> Iterator[tuple[int, float, float, int]]:
-    """(rows, ms before, ms now, bytes of the matrix)."""
+def dense(name: str, options: argparse.Namespace) -> Iterator[tuple]:
+    """(rows, ms before, ms now, read bandwidth, bytes of the matrix)."""
     sources = [weights(name, ROWS, HIDDEN) for _ in range(options.copies)]
     for rows in options.rows:
         x = torch.randn(rows, HIDDEN).bfloat16()
@@ -90,8 +82,8 @@ def torch_linear(x: torch.Tensor, matrix: PackedTensor) -> torch.Tensor:
     return plain.linear(x, (matrix,))
 
 
-def experts(name: str, options: argparse.Namespace) -> Iterator[tuple[int, float | None, float, float]]:
-    """(rows, ms before, ms now, bytes of the distinct experts)."""
+def experts(name: str, options: argparse.Namespace) -> Iterator[tuple]:
+    """(rows, ms before, ms now, read bandwidth, bytes of the distinct experts)."""
     shapes = (EXPERTS, SIZE, HIDDEN), (EXPERTS, SIZE, HIDDEN), (EXPERTS, HIDDEN, SIZE)
     source = [weights(name, *shape) for shape in shapes]
     ready = [prepared(part) for part in source]
@@ -109,15 +101,17 @@ def experts(name: str, options: argparse.Namespace) -> Iterator[tuple[int, float
 
 def in_turns(
     before: Callable | None, now: Callable, old: list, new: list, options: argparse.Namespace
-) -> tuple[float | None, float]:
-    """Median ms of both, one after the other; the slow one less often."""
+) -> tuple[float | None, float, float]:
+    """Median ms of both and median read bandwidth in bytes a second, one after the other; the slow one less often."""
     now(new[0])
-    slow, fast = [], []
+    slow, fast, reads = [], [], []
+    data = torch.zeros(READ_BYTES // 4)
     for turn in range(options.repeats):
         if before is not None and turn % 3 == 0:
             slow.append(clock(before, old[turn % len(old)]))
+        reads.append(clock(data.sum))
         fast += [clock(now, new[(3 * turn + i) % len(new)]) for i in range(3)]
-    return median(slow) * 1e3 if slow else None, median(fast) * 1e3
+    return median(slow) * 1e3 if slow else None, median(fast) * 1e3, READ_BYTES / median(reads)
 
 
 def clock(function: Callable, *arguments) -> float:
