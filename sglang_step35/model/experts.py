@@ -13,6 +13,9 @@ from sglang.srt.platforms import current_platform
 from torch import Tensor
 
 from sglang_step35.model.mlp import swiglu
+from sglang_step35.model.product import as_ggml, is_large
+from sglang_step35.packed import ik_kernel
+from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 
 # What one small matrix product costs in Python and dispatch, in multiplications of a CPU core.
 CALL_COST = 160_000
@@ -28,6 +31,8 @@ class PlainExperts(UnquantizedFusedMoEMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
+        if is_large(layer.w2_weight):
+            return
         # [E, H, I] in memory order [H, E, I]: `dense_experts` then reads it as [H, E I] in place.
         layer.w2_weight.data = layer.w2_weight.data.transpose(0, 1).contiguous().transpose(0, 1)
 
@@ -45,7 +50,10 @@ def run_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor
     x: [T, H]. w13: [E, 2 I, H], gate rows before up rows. w2: [E, H, I]. weights: [T, k] float32.
     ids: [T, k] integer, -1 for experts of other ranks. Returns [T, H] in x's dtype.
     """
-    run = dense_experts if _dense_is_cheaper(ids, w2) else grouped_experts
+    if x.dtype is torch.bfloat16 and is_large(w2) and _ggml_is_faster(ids, w2) and usable():
+        run = ggml_experts
+    else:
+        run = dense_experts if _dense_is_cheaper(ids, w2) else grouped_experts
     return run(x, w13, w2, weights, ids, limit)
 
 
@@ -77,6 +85,17 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Te
     out = torch.cat([F.linear(part, w2[expert]) for part, expert in parts])  # [N, H]
     out = out * weights.flatten()[order].unsqueeze(-1)
     return out.new_zeros(x.shape).index_add_(0, token, out).to(x.dtype)
+
+
+def ggml_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
+    """`run_experts` in one call of ggml's kernels."""
+    gate, up = (as_ggml(half) for half in w13.chunk(2, dim=1))
+    return ik_kernel.experts(x, gate, up, as_ggml(w2), weights, ids, limit)
+
+
+def _ggml_is_faster(ids: Tensor, w2: Tensor) -> bool:
+    """Few rows an expert, or torch without bfloat16 instructions."""
+    return ids.numel() <= 2 * len(w2) or not multiplies_bfloat16()
 
 
 def _dense_is_cheaper(ids: Tensor, w2: Tensor) -> bool:

@@ -22,6 +22,7 @@ from sglang_step35.model.experts import run_experts, runs_plain_torch
 from sglang_step35.model.mlp import MLP, swiglu
 from sglang_step35.model.moe import MoE, choose_experts
 from sglang_step35.model.norm import RMSNorm, rms_norm
+from sglang_step35.model.product import linear
 
 
 def usable(quant_config) -> bool:
@@ -50,7 +51,7 @@ def mtp_input(layer: nn.Module, embeds: Tensor, hidden: Tensor) -> Tensor:
     """embeds, hidden [T, H] -> [T, H]: what an MTP layer's block reads, both norms at once."""
     scales = torch.stack((layer.enorm.scale, layer.hnorm.scale))
     pair = rms_norm(torch.stack((embeds, hidden), dim=1), scales, layer.enorm.eps_length)  # [T, 2, H]
-    return F.linear(pair.flatten(1), layer.eh_proj.weight)
+    return linear(pair.flatten(1), layer.eh_proj.weight)
 
 
 def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:
@@ -60,7 +61,7 @@ def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:
 
 def logits(hidden: Tensor, table: VocabParallelEmbedding) -> Tensor:
     """hidden [R, H], normed -> [R, V] float32."""
-    return F.linear(hidden, table.weight)[:, : table.org_vocab_size].float()
+    return linear(hidden, table.weight)[:, : table.org_vocab_size].float()
 
 
 def _norm(module: RMSNorm, x: Tensor) -> Tensor:
@@ -68,12 +69,12 @@ def _norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _attention(module: GatedAttention, x: Tensor, forward_batch) -> Tensor:
-    q, k, v = module.qk_norm_rope.heads(F.linear(x, module.qkv_proj.weight))
+    q, k, v = module.qk_norm_rope.heads(linear(x, module.qkv_proj.weight))
     # Flat queries, as SGLang's own backends expect them.
     out = get_attn_backend().forward(q.flatten(1), k, v, module.attn, forward_batch)
     if module.g_proj is not None:
         out = module.gate_heads(out, F.linear(x, module.g_proj.weight))
-    return F.linear(out, module.o_proj.weight)
+    return linear(out, module.o_proj.weight)
 
 
 def _ffn(module: MLP | MoE, x: Tensor) -> Tensor:
@@ -88,5 +89,5 @@ def _ffn(module: MLP | MoE, x: Tensor) -> Tensor:
 
 
 def _mlp(module: MLP, x: Tensor) -> Tensor:
-    gate, up = F.linear(x, module.gate_up_proj.weight).chunk(2, dim=-1)
-    return F.linear(swiglu(gate, up, module.activation.limit), module.down_proj.weight)
+    gate, up = linear(x, module.gate_up_proj.weight).chunk(2, dim=-1)
+    return linear(swiglu(gate, up, module.activation.limit), module.down_proj.weight)

@@ -37,6 +37,12 @@ def usable() -> bool:
     return reason is None
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it, which torch uses and the wheel does not."""
+    return not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
+
+
 def why_not() -> str | None:
     """Why the library cannot be used, and what to do about it; None when it can. Runs its self-test in a child."""
     return _lacking() or _failing()

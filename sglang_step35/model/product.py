@@ -1,0 +1,33 @@
+"""Products by unquantised weights: torch's own, or ggml's where those are faster.
+
+torch's bfloat16 product reads the weights at memory speed for one row, but on CPUs without bfloat16 instructions costs
+3.5 times as much for four; ggml's 1.4. With such instructions (AMX) torch is ahead from the second row on. Small
+products stay torch's, because a call of ggml's costs 25 microseconds. Letters: T tokens, N rows, K columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_step35.packed import ik_kernel
+from sglang_step35.packed.ggml import TYPES, GGMLTensor
+from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
+
+LARGE = 1 << 20  # weights of a matrix
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K] times the transpose of weight [N, K] -> [T, N] in x's dtype."""
+    if not is_large(weight) or x.dtype is not torch.bfloat16 or (len(x) > 1 and multiplies_bfloat16()) or not usable():
+        return F.linear(x, weight)
+    return ik_kernel.linear(x, (as_ggml(weight),))
+
+
+def is_large(weight: Tensor) -> bool:
+    """Whether ggml's kernels may be worth their call for such a matrix [N, K], or each of a stack [E, N, K]."""
+    return weight.shape[-1] * weight.shape[-2] >= LARGE and weight.dtype is torch.bfloat16
+
+
+def as_ggml(weight: Tensor) -> GGMLTensor:
+    """bfloat16 weights [.., N, K] with their rows in one piece, in place."""
+    return GGMLTensor(TYPES["BF16"], weight.view(torch.uint8))
