@@ -6,9 +6,9 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from sglang_step35.config import AttentionSpec
+from sglang_step35.model.product import linear
 from sglang_step35.model.rotary import QKNormRope, RotaryRows
 from sglang_step35.packed import kernel
 from sglang_step35.packed.parameter import PackedParameter
