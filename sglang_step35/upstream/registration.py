@@ -40,6 +40,7 @@ ROWS = (
     # Start of the processes.
     *module(
         "sglang.srt.entrypoints.engine",
+        takes("_server_args_for_logging", "server_args", hooked=True),
         takes(
             "Engine._launch_scheduler_processes",
             "server_args port_args run_scheduler_process_func placement_group",

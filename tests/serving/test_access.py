@@ -36,3 +36,9 @@ def test_a_prompt_needs_the_key(server, path):
 @pytest.mark.parametrize("path", ["/v1/models", "/api/tags"])
 def test_a_list_of_models_needs_the_key(server, path):
     assert requests.get(f"{server.url}{path}", timeout=30).status_code == 401
+
+
+def test_the_log_names_no_key(server):
+    log = server.log.read_text(errors="replace")
+    assert "server_args=" in log
+    assert KEY not in log
