@@ -6,12 +6,15 @@ Letters: T tokens, k chosen experts of a token, E experts, H hidden size, I inte
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_step35.packed import ik_kernel, plain
-from sglang_step35.packed.ik_check import usable
+from sglang_step35.packed.ggml import GGMLTensor
+from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 from sglang_step35.packed.tensor import PackedTensor
 
 
@@ -22,12 +25,18 @@ def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
     """
     if x.dtype is torch.float32 or not usable():
         return plain.linear(x, parts)
-    fast = [ik_kernel.reads(part) for part in parts]
-    if all(fast):
+    by_torch = [_torch_is_faster(x, part) for part in parts]
+    if not any(by_torch) and all(ik_kernel.reads(part) for part in parts):
         return ik_kernel.linear(x, parts)
     if len(parts) == 1:
-        return plain.linear(x, parts)
+        return F.linear(x, parts[0].data.view(torch.bfloat16)) if by_torch[0] else plain.linear(x, parts)
     return torch.cat([linear(x, (part,)) for part in parts], dim=-1)
+
+
+def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:
+    """Where the CPU has instructions for bfloat16, from the second row on."""
+    native = x.dtype is torch.bfloat16 and len(x) > 1 and multiplies_bfloat16()
+    return native and isinstance(part, GGMLTensor) and part.type.name == "BF16" and ik_kernel.reads(part)
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:

@@ -62,7 +62,10 @@ def test_no_rows():
     assert ik_kernel.linear(torch.randn(0, 64).bfloat16(), [tensor]).shape == (0, 43)
 
 
-def test_parts_of_different_types_side_by_side():
+@pytest.mark.parametrize("native", [True, False])
+def test_parts_of_different_types_side_by_side(monkeypatch, native):
+    """A CPU with bfloat16 instructions leaves such a part to torch from the second row on."""
+    monkeypatch.setattr(kernel, "multiplies_bfloat16", lambda: native)
     parts = [packed("Q4_K", 6, 256, seed=1), packed("BF16", 3, 256, seed=3), packed("Q6_K", 2, 256, seed=2)]
     expected = torch.cat([weight for _, weight in parts])
     for rows in (1, 4, 40):
