@@ -13,6 +13,7 @@ results gather in one file. Prints a table and, as the last line, JSON.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ def main() -> None:
         print(*extras(), *(cell.name for cell in plan), sep="\n")
         return
     results = Results(options.results)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout`, too, leaves no server behind
     with tempfile.TemporaryDirectory() as logs:
         pool = ServerPool(Path(logs), alive=1)
         try:
@@ -97,6 +99,8 @@ def module(options: argparse.Namespace, name: str, *arguments: str):
 def run(cell: Cell, pool: ServerPool, logs: Path, options: argparse.Namespace) -> dict:
     file, config = drafted_file(cell.form, options.folder), drafted.fields()
     weights, tokens = traffic.read(file, config), options.tokens or TOKENS[cell.clients]
+    if cell.engine != "ours":
+        pool.stop_all()  # another engine has the memory to itself
     if cell.engine == "transformers":
         start_at = str(starts(cell)[0])
         rates = module(options, "generate", str(file), start_at, str(cell.prompt), str(tokens))
