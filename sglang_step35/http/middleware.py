@@ -24,6 +24,7 @@ from sglang_step35.http.errors import (
     readable,
     validation_message,
 )
+from sglang_step35.http.size import PROBLEM, TOO_LARGE, declares_too_much, drain, limited
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,12 @@ class ErrorFormat:
             others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
             scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
         reply = _Reply(send, dialect, scope)
+        if declares_too_much(scope):
+            await drain(receive)
+            await reply.fail(PROBLEM)
+            return
         try:
-            await self.app(scope, receive, reply)
+            await self.app(scope, limited(receive, scope), reply)
         except Exception as error:
             if reply.started:
                 raise
@@ -137,7 +142,9 @@ class _Reply:
     async def fail(self, problem: Problem) -> None:
         """Answer with this error; nothing has been sent yet."""
         self.started = self._failed = True
-        if problem.status >= 500 and self._scope.get(REFUSED):
+        if self._scope.get(TOO_LARGE):
+            problem = PROBLEM
+        elif problem.status >= 500 and self._scope.get(REFUSED):
             problem = replace(problem, status=400)
         body = json.dumps(self._dialect(problem)).encode()
         kept = [] if self._start is None else self._start["headers"]
