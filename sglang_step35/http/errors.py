@@ -40,7 +40,7 @@ def ollama(problem: Problem) -> dict:
     return {"error": problem.message}
 
 
-def _anthropic(problem: Problem) -> dict:
+def anthropic(problem: Problem) -> dict:
     kind = "api_error" if problem.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC_TYPES.get(problem.status, kind)
     return {"type": "error", "error": {"type": kind, "message": problem.message}}
@@ -59,7 +59,7 @@ def _openai(problem: Problem) -> dict:
 
 
 # The first prefix that fits.
-_DIALECTS = {"/v1/messages": _anthropic, "/v1": _openai, "/api": ollama, "/generate": _native}
+_DIALECTS = {"/v1/messages": anthropic, "/v1": _openai, "/api": ollama, "/generate": _native}
 
 
 def read_problem(status: int, body: bytes) -> Problem:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from sglang_step35.http.admission import REFUSED
 from sglang_step35.http.errors import (
     Problem,
+    anthropic,
     dialect_of,
     find_error,
     ollama,
@@ -74,6 +75,8 @@ class ErrorFormat:
         if dialect is ollama:  # which reads JSON whatever its type is called, as `curl -d` does
             others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
             scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        if dialect is anthropic:
+            scope = _bearing_its_key(scope)
         reply = _Reply(send, dialect, scope)
         if declares_too_much(scope):
             await drain(receive)
@@ -85,6 +88,14 @@ class ErrorFormat:
             if reply.started:
                 raise
             await reply.fail(_problem(error))
+
+
+def _bearing_its_key(scope):
+    """With the key where SGLang looks for it: Anthropic's clients send `x-api-key`."""
+    headers = dict(scope["headers"])
+    if b"x-api-key" not in headers or b"authorization" in headers:
+        return scope
+    return {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer " + headers[b"x-api-key"])]}
 
 
 def _problem(error: Exception) -> Problem:

@@ -33,6 +33,17 @@ def test_a_prompt_needs_the_key(server, path):
     assert server.post(path, BODIES[path], headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropics_clients_send_their_key_in_a_header_of_its_own(server, path):
+    assert server.post(path, BODIES[path], headers={"x-api-key": KEY}).status_code == 200
+    assert server.post(path, BODIES[path], headers={"x-api-key": "other"}).status_code == 401
+
+
+def test_it_is_no_key_elsewhere(server):
+    path = "/v1/chat/completions"
+    assert server.post(path, BODIES[path], headers={"x-api-key": KEY}).status_code == 401
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/api/tags"])
 def test_a_list_of_models_needs_the_key(server, path):
     assert requests.get(f"{server.url}{path}", timeout=30).status_code == 401
