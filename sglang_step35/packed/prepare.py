@@ -3,11 +3,10 @@
 A prepared matrix replaces the mapped one, so that never two copies stay. INT4, INT8 and MXFP4, which ggml cannot read
 as their files have them, become blocks of GGML types of about their size (0.5625 bytes a weight, asymmetric 0.625);
 experts kept one by one become one stack; rows of Q8_0, Q4_0 and K-quants are interleaved by fours or eights, which
-takes 0.5 to 0.7 of the time in place for one row of activations on one core, and 0.5 to 0.6 for four. What no type of
-8 bits or fewer holds, FP8 (as Q8_0 it would cost 0.5 % of a product, past the bounds of our tests), asymmetric INT8 and
-narrow groups, becomes float16, at twice the bytes or more. The last two happen while memory lasts: past that, GGML
-types stay mapped and FP8 runs in plain torch. What changes in a weight: nothing, but where float16 rounds the 12th bit
-of a scale or of zero point times scale.
+takes 0.5 to 0.7 of the time in place for one row of activations on one core, and 0.5 to 0.6 for four, while memory
+lasts: past that, GGML types stay mapped. What no type of about the size holds keeps the file's bytes and runs in plain
+torch: FP8 (as Q8_0 it would cost 0.5 % of a product, past the bounds of our tests), asymmetric INT8 and narrow groups.
+What changes in a weight: nothing, but where float16 rounds the 12th bit of a scale or of zero point times scale.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sglang_step35.packed import ik_kernel, ik_library
-from sglang_step35.packed.blocks import BlockTensor
 from sglang_step35.packed.ggml import TYPES, GGMLTensor, GGMLType
 from sglang_step35.packed.grouped import GroupedTensor, nibbles
 from sglang_step35.packed.ik_check import usable
@@ -27,7 +25,6 @@ from sglang_step35.packed.tensor import PackedTensor
 
 COLUMNS = 32  # of a block of every type that is written here
 BLOCK_WEIGHTS = 1 << 22  # written at a time
-FP8_MAX = 448  # of E4M3
 KEPT_FREE = 4  # interleaving stops where less than one part in four of the host's memory would stay available
 SCALE_ERROR = 2.0**-11  # of the largest scale: the rounding of float16
 
@@ -65,8 +62,6 @@ def prepared(tensor: PackedTensor) -> PackedTensor:
     if isinstance(tensor, GGMLTensor):
         if not (interleaves and _memory_allows(tensor.nbytes)):
             return tensor
-    elif kind.plain and not _memory_allows(2 * tensor.nbytes):
-        return tensor
     written = _write(tensor, kind)
     return _interleave(written) if interleaves else written
 
@@ -85,25 +80,20 @@ def _written_as(matrix: PackedTensor) -> GGMLType | None:
     """The type that holds these weights and that the kernels read; None without one."""
     if isinstance(matrix, GGMLTensor):
         return matrix.type if ik_kernel.reads(matrix) else None
-    if matrix.shape[-1] % COLUMNS:
-        return None
-    if isinstance(matrix, BlockTensor):
-        return TYPES["F16"] if _fits(matrix.scales.float() * FP8_MAX) else None
-    return _grouped_as(matrix) if isinstance(matrix, GroupedTensor) else None
+    grouped = isinstance(matrix, GroupedTensor) and matrix.shape[-1] % COLUMNS == 0 == matrix.group % COLUMNS
+    return _grouped_as(matrix) if grouped else None
 
 
 def _grouped_as(matrix: GroupedTensor) -> GGMLType | None:
-    """A type that keeps the codes where one does, else float16."""
-    whole = matrix.group % COLUMNS == 0
+    """A type that keeps the codes."""
     if matrix.scales.dtype is torch.uint8:
-        return TYPES["MXFP4"] if whole else None
+        return TYPES["MXFP4"]
     if not _fits(matrix.scales.float()):
         return None
-    if whole and matrix.zeros is None and matrix.code.name in _SYMMETRIC:
-        return TYPES[_SYMMETRIC[matrix.code.name]]
-    if whole and matrix.code.name == "UINT4" and matrix.shape[-1] % ik_kernel.Q4_1_COLUMNS == 0:
-        return TYPES["Q4_1"]
-    return TYPES["F16"]
+    if matrix.zeros is None:
+        return TYPES.get(_SYMMETRIC.get(matrix.code.name))
+    fits = matrix.code.name == "UINT4" and matrix.shape[-1] % ik_kernel.Q4_1_COLUMNS == 0
+    return TYPES["Q4_1"] if fits else None
 
 
 def _fits(scales: Tensor) -> bool:
@@ -153,10 +143,6 @@ def _q8_0(matrix: GroupedTensor) -> Tensor:
     return _blocks(_halves(matrix.scales, matrix.group), codes.unflatten(-1, (-1, COLUMNS)))
 
 
-def _f16(matrix: PackedTensor) -> Tensor:
-    return matrix.dequantize().half().view(torch.uint8)
-
-
 def _blocks(heads: Tensor, codes: Tensor) -> Tensor:
     """heads [R, blocks, b], codes [R, blocks, c] uint8 -> rows of bytes [R, blocks (b + c)]."""
     return torch.cat((heads, codes), dim=-1).flatten(-2)
@@ -174,7 +160,7 @@ def _nibble_pairs(matrix: GroupedTensor) -> Tensor:
     return low | high << 4
 
 
-_WRITERS: dict[str, Callable] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "MXFP4": _mxfp4, "F16": _f16}
+_WRITERS: dict[str, Callable] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "MXFP4": _mxfp4}
 
 
 def _interleave(tensor: GGMLTensor) -> GGMLTensor:

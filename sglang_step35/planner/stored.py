@@ -1,7 +1,7 @@
 """What a checkpoint on disk holds, from the headers of its files: bytes by part of the model, types, MTP layers.
 
-On the portable platform a weight takes in memory what it takes in its file, so these figures replace the estimates of
-`weights.py` there.
+On the portable platform a weight takes in memory what it takes in its file, or in the blocks that ggml's kernels read
+(`packed/prepare.py`), so these figures replace the estimates of `weights.py` there.
 """
 
 import json
@@ -20,6 +20,7 @@ from sglang_step35.planner.weights import FP32, Parts
 
 # What config.json calls a quantisation -> what the planner calls its sizes.
 _METHODS = {"fp8": "fp8", "w8a8_int8": "int8", "auto-round": "int4", "gptq": "int4", "awq": "int4", "mxfp4": "int4"}
+_SHARED = ("weight_scale", "weight_zero_point", "weight_shape", "scales", "qzeros")  # what groups of codes share
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _read_safetensors(folder: Path, spec: ModelSpec, config: Any) -> Stored | No
         if not name.startswith(VISION_PREFIXES)
     ]
     given = config.get("quantization_config") or config.get("compression_config")
-    stored = _stored(str(folder), "safetensors", len(paths), _quantization(given), spec, entries)
+    stored = _stored(str(folder), "safetensors", len(paths), _quantization(given), spec, entries, _growth(given))
     return replace(stored, cuda_only=_refusal(given))
 
 
@@ -117,7 +118,37 @@ def _quantization(given: Any) -> str:
     return ("fp8" if any(scheme.get("type") == "float" for scheme in weights) else "int8") if eight else "int4"
 
 
-def _stored(path: str, kind: str, files: int, quantization: str, spec: ModelSpec, entries: list) -> Stored:
+def _growth(given: Any) -> float | None:
+    """Bytes of a block of 32 weights for each byte of its codes; None where weights stay as the file has them."""
+    width = {"int4": 4, "int8": 8}.get(_quantization(given))
+    if width is None:
+        return None
+    schemes = [group.get("weights") or {} for group in (given.get("config_groups") or {}).values()]
+    symmetric = given.get("sym", not given.get("zero_point", False))
+    if not all(scheme.get("symmetric", True) for scheme in schemes) or not symmetric:
+        return 20 / 16 if width == 4 else None
+    return 18 / 16 if width == 4 else 34 / 32
+
+
+def _kept(name: str, dtype: str, size: int, growth: float | None) -> int:
+    """Bytes that this tensor of a quantised checkpoint stands for in memory."""
+    leaf = name.rpartition(".")[2]
+    if growth is None or leaf not in ("weight_packed", "qweight", "weight", *_SHARED):
+        return size
+    if dtype in ("I32", "I8") and leaf not in _SHARED:
+        return round(size * growth)
+    return 0 if leaf in _SHARED else size
+
+
+def _stored(
+    path: str,
+    kind: str,
+    files: int,
+    quantization: str,
+    spec: ModelSpec,
+    entries: list[tuple[str, str, int]],
+    growth: float | None = None,
+) -> Stored:
     """entries: (published name, type, bytes) of each tensor."""
     types: Counter[str] = Counter()
     sums = {field.name: 0 for field in fields(Parts)}
@@ -129,7 +160,8 @@ def _stored(path: str, kind: str, files: int, quantization: str, spec: ModelSpec
         if part is None:
             continue
         # This plug-in keeps the router's gate in float32.
-        sums[part] += size * FP32 // 2 if part == "router" and dtype in ("BF16", "F16") else size
+        widened = part == "router" and dtype in ("BF16", "F16")
+        sums[part] += size * FP32 // 2 if widened else _kept(name, dtype, size, growth)
         if part == "mtp":
             layers.add(tensor.layer)
     ordered = tuple(types.most_common())

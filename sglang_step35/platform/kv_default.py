@@ -34,7 +34,7 @@ def max_total_tokens(server_args) -> int | None:
     if stored is None:
         return None
     wide = server_args.dtype in FLOAT32
-    machine = _machine(get_free_cpu_memory(), server_args.dp_size, _beyond_file(stored, wide))
+    machine = _machine(get_free_cpu_memory(), server_args.dp_size, _widened(stored) if wide else 0)
     context = server_args.context_length
     wish = Wish(
         context=None if context is None else min(context, spec.max_position),
@@ -64,9 +64,8 @@ def _machine(free: int, replicas: int, used: int) -> Hardware:
     return Hardware(label, 1, free // replicas, "bf16", PORTABLE, system=used)
 
 
-def _beyond_file(stored: Stored, wide: bool) -> int:
-    """What weights take in memory beyond their file: 16-bit ones loaded in float32, FP8 ones kept as float16."""
-    if wide and stored.quantization != "bf16":
+def _widened(stored: Stored) -> int:
+    """What 16-bit weights take beyond their file when they are loaded in float32."""
+    if stored.quantization != "bf16":
         return 0
-    grown = ("BF16", "F16") if wide else ("F8_E4M3",)
-    return sum(count for name, count in stored.types if name in grown)
+    return sum(count for name, count in stored.types if name in ("BF16", "F16"))

@@ -234,9 +234,9 @@ def test_unknown_type(file):
 
 
 def test_a_type_that_is_not_implemented(file):
-    raw_type(file, GGUF_Q_PROJ, int(Q.Q4_1))
+    raw_type(file, GGUF_Q_PROJ, int(Q.Q5_1))
     message = load_error(file)
-    assert f"{file}: the tensor {GGUF_Q_PROJ} has the type Q4_1, which is not implemented" in message
+    assert f"{file}: the tensor {GGUF_Q_PROJ} has the type Q5_1, which is not implemented" in message
     assert "quantise the model to one of F32" in message
 
 

@@ -58,7 +58,16 @@ def test_weights_of_safetensors_are_what_the_model_holds():
     assert make_plan(spec, host(16), Wish(), stored).resident == pytest.approx(held(backbone, mtp), rel=0.02)
 
 
-@pytest.mark.parametrize("scheme", [quantised.compressed(4, 32), quantised.fp8((16, 16))], ids=["int4", "fp8"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        quantised.compressed(4, 32),
+        quantised.compressed(4, None),
+        quantised.compressed(8, 32),
+        quantised.fp8((16, 16)),
+    ],
+    ids=["int4", "int4, a scale a row", "int8", "fp8"],
+)
 def test_weights_of_quantised_safetensors_are_what_the_model_holds(tmp_path, scheme):
     directory = make_checkpoint(tmp_path / "checkpoint", CheckpointShape(num_mtp=0, dtype="bfloat16"))
     quantised.write(directory, scheme)

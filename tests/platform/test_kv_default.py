@@ -91,13 +91,3 @@ def test_what_is_not_ours_is_sglangs(free, tmp_path):
     assert max_total_tokens(arguments(tmp_path)) is None
     full_only = make_checkpoint(tmp_path / "full", CheckpointShape(num_layers=1, num_mtp=0))
     assert max_total_tokens(arguments(full_only)) is None
-
-
-@pytest.mark.parametrize(
-    "quantization, wide, extra", [("fp8", False, 70), ("fp8", True, 0), ("bf16", False, 0), ("bf16", True, 30)]
-)
-def test_what_weights_take_beyond_their_file(quantization, wide, extra):
-    """float32 for 2 bytes, float16 for FP8's one."""
-    types = (("F8_E4M3", 70),) if quantization == "fp8" else ()
-    stored = SimpleNamespace(quantization=quantization, types=(*types, ("BF16", 30), ("F32", 10)))
-    assert kv_default._beyond_file(stored, wide) == extra
