@@ -17,7 +17,6 @@ def portable_hooks() -> list[Hook]:
     from sglang_step35.platform.process_start import launch_by_fork
     from sglang_step35.platform.seeds import hash32, keep_seeds
     from sglang_step35.platform.slots import assign_req_to_token
-    from sglang_step35.platform.waiting import after_binding
     from sglang_step35.platform.widths import keep_widths
 
     triton = "stock launches a Triton kernel and asks no platform"
@@ -53,13 +52,6 @@ def portable_hooks() -> list[Hook]:
             bind_rank,
             why="more ranks than NUMA nodes die at start, and without AMX kernels no rank is bound to any core",
             until="SGLang divides the cores over the ranks by itself",
-        ),
-        Hook(
-            "sglang.srt.utils.numa_utils.init_threads_binding",
-            "after",
-            after_binding,
-            why="OpenMP's threads spin for milliseconds on a core that another process or the next operation needs",
-            until="SGLang chooses OpenMP's wait policy before it imports torch",
         ),
         Hook(
             f"{_KV_CONFIGURATOR}._profile_available_bytes",
