@@ -19,6 +19,7 @@ from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 
 # What one small matrix product costs in Python and dispatch, in multiplications of a CPU core.
 CALL_COST = 160_000
+LARGE = 1 << 17  # weights of one of an expert's matrices: a call of ggml's runs all chosen experts
 
 
 def runs_plain_torch() -> bool:
@@ -31,7 +32,7 @@ class PlainExperts(UnquantizedFusedMoEMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
-        if is_large(layer.w2_weight):
+        if is_large(layer.w2_weight, LARGE):
             return
         # [E, H, I] in memory order [H, E, I]: `dense_experts` then reads it as [H, E I] in place.
         layer.w2_weight.data = layer.w2_weight.data.transpose(0, 1).contiguous().transpose(0, 1)
@@ -50,7 +51,7 @@ def run_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor
     x: [T, H]. w13: [E, 2 I, H], gate rows before up rows. w2: [E, H, I]. weights: [T, k] float32.
     ids: [T, k] integer, -1 for experts of other ranks. Returns [T, H] in x's dtype.
     """
-    if x.dtype is torch.bfloat16 and is_large(w2) and _ggml_is_faster(ids, w2) and usable():
+    if x.dtype is torch.bfloat16 and is_large(w2, LARGE) and _ggml_is_faster(ids, w2) and usable():
         run = ggml_experts
     else:
         run = dense_experts if _dense_is_cheaper(ids, w2) else grouped_experts

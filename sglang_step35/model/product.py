@@ -18,14 +18,15 @@ LARGE = 1 << 20  # weights of a matrix
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K] times the transpose of weight [N, K] -> [T, N] in x's dtype."""
-    if not is_large(weight) or x.dtype is not torch.bfloat16 or (len(x) > 1 and multiplies_bfloat16()) or not usable():
+    if not is_large(weight, LARGE) or x.dtype is not torch.bfloat16 or (len(x) > 1 and multiplies_bfloat16()) or not usable():
         return F.linear(x, weight)
     return ik_kernel.linear(x, (as_ggml(weight),))
 
 
-def is_large(weight: Tensor) -> bool:
-    """Whether ggml's kernels may be worth their call for such a matrix [N, K], or each of a stack [E, N, K]."""
-    return weight.shape[-1] * weight.shape[-2] >= LARGE and weight.dtype is torch.bfloat16
+def is_large(weight: Tensor, least: int) -> bool:
+    """Whether ggml's kernels may be worth their call for such a matrix [N, K], or each of a stack [E, N, K]:
+    one of `least` weights."""
+    return weight.shape[-1] * weight.shape[-2] >= least and weight.dtype is torch.bfloat16
 
 
 def as_ggml(weight: Tensor) -> GGMLTensor:
