@@ -18,7 +18,8 @@ LARGE = 1 << 20  # weights of a matrix
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K] times the transpose of weight [N, K] -> [T, N] in x's dtype."""
-    if not is_large(weight, LARGE) or x.dtype is not torch.bfloat16 or (len(x) > 1 and multiplies_bfloat16()) or not usable():
+    large = is_large(weight, LARGE) and x.dtype is torch.bfloat16
+    if not large or (len(x) > 1 and multiplies_bfloat16()) or not usable():
         return F.linear(x, weight)
     return ik_kernel.linear(x, (as_ggml(weight),))
 

@@ -1,8 +1,8 @@
 """The same layers on one rank in plain torch: `DecoderLayer.forward` without SGLang's wrappers.
 
 On a CPU and a small model the wrappers (layer boundaries, parallel linear layers, expert dispatch)
-take as long as the arithmetic. Where nothing is summed over ranks, moved between them or quantised,
-these functions compute the same numbers from the same modules' parameters.
+take as long as the arithmetic. Where nothing is summed over ranks or moved between them, these
+functions compute the same numbers from the same modules' parameters, packed ones too.
 Letters: T tokens, H hidden size, Q query heads, K key/value heads, D head_dim,
 R rows, V vocabulary.
 """
@@ -23,6 +23,8 @@ from sglang_step35.model.mlp import MLP, swiglu
 from sglang_step35.model.moe import MoE, choose_experts
 from sglang_step35.model.norm import RMSNorm, rms_norm
 from sglang_step35.model.product import linear
+from sglang_step35.names import PACKED_METHOD
+from sglang_step35.packed import kernel
 
 
 def usable(quant_config) -> bool:
@@ -36,7 +38,8 @@ def usable(quant_config) -> bool:
         or execution.features.enable_return_routed_experts
         or execution.moe.expert_distribution_recorder_mode is not None
     )
-    return runs_plain_torch() and alone and quant_config is None and not extras
+    ours = quant_config is None or quant_config.get_name() == PACKED_METHOD
+    return runs_plain_torch() and alone and ours and not extras
 
 
 def decoder_layers(layers: Iterable[DecoderLayer], x: Tensor, forward_batch) -> Tensor:
@@ -51,17 +54,28 @@ def mtp_input(layer: nn.Module, embeds: Tensor, hidden: Tensor) -> Tensor:
     """embeds, hidden [T, H] -> [T, H]: what an MTP layer's block reads, both norms at once."""
     scales = torch.stack((layer.enorm.scale, layer.hnorm.scale))
     pair = rms_norm(torch.stack((embeds, hidden), dim=1), scales, layer.enorm.eps_length)  # [T, 2, H]
-    return linear(pair.flatten(1), layer.eh_proj.weight)
+    return _product(layer.eh_proj, pair.flatten(1))
 
 
 def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:
     """ids [T] -> [T, H]."""
+    if _packed(table):
+        return table.quant_method.embedding(table, ids)
     return F.embedding(ids, table.weight)
 
 
 def logits(hidden: Tensor, table: VocabParallelEmbedding) -> Tensor:
     """hidden [R, H], normed -> [R, V] float32."""
-    return linear(hidden, table.weight)[:, : table.org_vocab_size].float()
+    return _product(table, hidden)[:, : table.org_vocab_size].float()
+
+
+def _packed(layer: nn.Module) -> bool:
+    return hasattr(layer, "qweight")
+
+
+def _product(layer: nn.Module, x: Tensor) -> Tensor:
+    """x [T, K] times the transpose of a layer's weights [N, K] -> [T, N]."""
+    return kernel.linear(x, layer.qweight.rows()) if _packed(layer) else linear(x, layer.weight)
 
 
 def _norm(module: RMSNorm, x: Tensor) -> Tensor:
@@ -69,12 +83,12 @@ def _norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _attention(module: GatedAttention, x: Tensor, forward_batch) -> Tensor:
-    q, k, v = module.qk_norm_rope.heads(linear(x, module.qkv_proj.weight))
+    q, k, v = module.qk_norm_rope.heads(_product(module.qkv_proj, x))
     # Flat queries, as SGLang's own backends expect them.
     out = get_attn_backend().forward(q.flatten(1), k, v, module.attn, forward_batch)
     if module.g_proj is not None:
         out = module.gate_heads(out, F.linear(x, module.g_proj.weight))
-    return linear(out, module.o_proj.weight)
+    return _product(module.o_proj, out)
 
 
 def _ffn(module: MLP | MoE, x: Tensor) -> Tensor:
@@ -84,10 +98,14 @@ def _ffn(module: MLP | MoE, x: Tensor) -> Tensor:
     logits = F.linear(x.to(router.gate.weight.dtype), router.gate.weight).float()
     weights, ids = choose_experts(logits, router.bias, router.spec)
     limit = experts.moe_runner_config.gemm1_clamp_limit
-    out = run_experts(x, experts.w13_weight, experts.w2_weight, weights, ids, limit)
+    if hasattr(experts, "w13_qweight"):
+        parts = (*experts.w13_qweight.rows(), *experts.w2_qweight.rows())
+        out = kernel.experts(x, *parts, weights, ids, limit)
+    else:
+        out = run_experts(x, experts.w13_weight, experts.w2_weight, weights, ids, limit)
     return out.add_(_mlp(module.share_expert, x))
 
 
 def _mlp(module: MLP, x: Tensor) -> Tensor:
-    gate, up = linear(x, module.gate_up_proj.weight).chunk(2, dim=-1)
-    return linear(swiglu(gate, up, module.activation.limit), module.down_proj.weight)
+    gate, up = _product(module.gate_up_proj, x).chunk(2, dim=-1)
+    return _product(module.down_proj, swiglu(gate, up, module.activation.limit))
