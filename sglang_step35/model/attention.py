@@ -8,10 +8,9 @@ from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
 from sglang_step35.config import AttentionSpec
-from sglang_step35.model.product import linear
+from sglang_step35.model.product import is_packed, linear
 from sglang_step35.model.rotary import QKNormRope, RotaryRows
 from sglang_step35.packed import kernel
-from sglang_step35.packed.parameter import PackedParameter
 
 
 class GatedAttention(nn.Module):
@@ -92,9 +91,8 @@ class GatedAttention(nn.Module):
 
     def _keys_and_values(self, x: Tensor) -> Tensor:
         """What the qkv projection, plain or packed, has behind its queries: x [T, H] -> [T, 2 K D]."""
-        packed = getattr(self.qkv_proj, "qweight", None)
-        if isinstance(packed, PackedParameter):
-            return kernel.linear(x, packed.rows()[1:])
+        if is_packed(self.qkv_proj):
+            return kernel.linear(x, self.qkv_proj.qweight.rows()[1:])
         return linear(x, self.qkv_proj.weight[self.num_heads * self.head_dim :])
 
     def gate_heads(self, out: Tensor, gate: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ class PlainExperts(UnquantizedFusedMoEMethod):
         layer.w2_weight.data = layer.w2_weight.data.transpose(0, 1).contiguous().transpose(0, 1)
 
     def forward_native(self, layer: torch.nn.Module, dispatch_output) -> StandardCombineInput:
-        x = dispatch_output.hidden_states
         weights, ids, *_ = dispatch_output.topk_output
+        return StandardCombineInput(hidden_states=self.run(layer, dispatch_output.hidden_states, weights, ids))
+
+    def run(self, layer: torch.nn.Module, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """See `run_experts`."""
         limit = layer.moe_runner_config.gemm1_clamp_limit
-        out = run_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, limit)
-        return StandardCombineInput(hidden_states=out)
+        return run_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, limit)
 
 
 def run_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:

@@ -7,13 +7,24 @@ products stay torch's, because a call of ggml's costs 25 microseconds. Letters: 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sglang_step35.packed import ik_kernel
+from sglang_step35.packed import ik_kernel, kernel
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
+from sglang_step35.packed.parameter import PackedParameter
 
 LARGE = 1 << 20  # weights of a matrix
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a linear layer or a table keeps its file's packed rows."""
+    return isinstance(getattr(layer, "qweight", None), PackedParameter)
+
+
+def of_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """x [T, K] times the transpose of a layer's weights [N, K], packed or not -> [T, N] in x's dtype."""
+    return kernel.linear(x, layer.qweight.rows()) if is_packed(layer) else linear(x, layer.weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

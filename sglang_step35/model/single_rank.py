@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from sglang_step35.model.attention import GatedAttention
 from sglang_step35.model.decoder import DecoderLayer
-from sglang_step35.model.experts import run_experts, runs_plain_torch
+from sglang_step35.model.experts import runs_plain_torch
 from sglang_step35.model.mlp import MLP, swiglu
 from sglang_step35.model.moe import MoE, choose_experts
 from sglang_step35.model.norm import RMSNorm, rms_norm
-from sglang_step35.model.product import linear
+from sglang_step35.model.product import is_packed, of_layer
 from sglang_step35.names import PACKED_METHOD
-from sglang_step35.packed import kernel
 
 
 def usable(quant_config) -> bool:
@@ -54,28 +53,19 @@ def mtp_input(layer: nn.Module, embeds: Tensor, hidden: Tensor) -> Tensor:
     """embeds, hidden [T, H] -> [T, H]: what an MTP layer's block reads, both norms at once."""
     scales = torch.stack((layer.enorm.scale, layer.hnorm.scale))
     pair = rms_norm(torch.stack((embeds, hidden), dim=1), scales, layer.enorm.eps_length)  # [T, 2, H]
-    return _product(layer.eh_proj, pair.flatten(1))
+    return of_layer(layer.eh_proj, pair.flatten(1))
 
 
 def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:
     """ids [T] -> [T, H]."""
-    if _packed(table):
+    if is_packed(table):
         return table.quant_method.embedding(table, ids)
     return F.embedding(ids, table.weight)
 
 
 def logits(hidden: Tensor, table: VocabParallelEmbedding) -> Tensor:
     """hidden [R, H], normed -> [R, V] float32."""
-    return _product(table, hidden)[:, : table.org_vocab_size].float()
-
-
-def _packed(layer: nn.Module) -> bool:
-    return hasattr(layer, "qweight")
-
-
-def _product(layer: nn.Module, x: Tensor) -> Tensor:
-    """x [T, K] times the transpose of a layer's weights [N, K] -> [T, N]."""
-    return kernel.linear(x, layer.qweight.rows()) if _packed(layer) else linear(x, layer.weight)
+    return of_layer(table, hidden)[:, : table.org_vocab_size].float()
 
 
 def _norm(module: RMSNorm, x: Tensor) -> Tensor:
@@ -83,12 +73,12 @@ def _norm(module: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _attention(module: GatedAttention, x: Tensor, forward_batch) -> Tensor:
-    q, k, v = module.qk_norm_rope.heads(_product(module.qkv_proj, x))
+    q, k, v = module.qk_norm_rope.heads(of_layer(module.qkv_proj, x))
     # Flat queries, as SGLang's own backends expect them.
     out = get_attn_backend().forward(q.flatten(1), k, v, module.attn, forward_batch)
     if module.g_proj is not None:
         out = module.gate_heads(out, F.linear(x, module.g_proj.weight))
-    return _product(module.o_proj, out)
+    return of_layer(module.o_proj, out)
 
 
 def _ffn(module: MLP | MoE, x: Tensor) -> Tensor:
@@ -97,15 +87,10 @@ def _ffn(module: MLP | MoE, x: Tensor) -> Tensor:
     router, experts = module.router, module.experts
     logits = F.linear(x.to(router.gate.weight.dtype), router.gate.weight).float()
     weights, ids = choose_experts(logits, router.bias, router.spec)
-    limit = experts.moe_runner_config.gemm1_clamp_limit
-    if hasattr(experts, "w13_qweight"):
-        parts = (*experts.w13_qweight.rows(), *experts.w2_qweight.rows())
-        out = kernel.experts(x, *parts, weights, ids, limit)
-    else:
-        out = run_experts(x, experts.w13_weight, experts.w2_weight, weights, ids, limit)
+    out = experts.quant_method.run(experts, x, weights, ids)
     return out.add_(_mlp(module.share_expert, x))
 
 
 def _mlp(module: MLP, x: Tensor) -> Tensor:
-    gate, up = _product(module.gate_up_proj, x).chunk(2, dim=-1)
-    return _product(module.down_proj, swiglu(gate, up, module.activation.limit))
+    gate, up = of_layer(module.gate_up_proj, x).chunk(2, dim=-1)
+    return of_layer(module.down_proj, swiglu(gate, up, module.activation.limit))

@@ -146,10 +146,12 @@ class PackedExperts(FusedMoEMethodBase):
 
     def apply(self, layer: nn.Module, dispatch_output) -> StandardCombineInput:
         weights, ids, *_ = dispatch_output.topk_output
+        return StandardCombineInput(hidden_states=self.run(layer, dispatch_output.hidden_states, weights, ids))
+
+    def run(self, layer: nn.Module, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """See `kernel.experts`."""
         (gate, up), (down,) = layer.w13_qweight.rows(), layer.w2_qweight.rows()
-        limit = self.moe_runner_config.gemm1_clamp_limit
-        out = kernel.experts(dispatch_output.hidden_states, gate, up, down, weights, ids, limit)
-        return StandardCombineInput(hidden_states=out)
+        return kernel.experts(x, gate, up, down, weights, ids, self.moe_runner_config.gemm1_clamp_limit)
 
 
 def _parts(layer: nn.Module, count: int) -> tuple[str | int | None, ...]:
