@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from scripts.benchmarks.real_width import checkpoint, clients, drafted, report, 
 from scripts.benchmarks.real_width.__main__ import megabytes, prompts
 from scripts.benchmarks.real_width.cells import MODES, Cell, Results, cells, chosen, extras
 from scripts.benchmarks.real_width.files import written
+from sglang_step35.bench.servers import Server
 from tests.support import model_host
 from tests.support.reference import load_reference
 
@@ -200,6 +202,7 @@ def fake():
     url = f"http://127.0.0.1:{server.server_port}"
     made.url = url
     made.post = lambda path, body, **options: requests.post(url + path, json=body, **options)
+    made.stream = partial(Server.stream, made)
     thread = Thread(target=server.serve_forever)
     thread.start()
     yield made

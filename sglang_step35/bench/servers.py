@@ -3,6 +3,7 @@ certain."""
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +71,17 @@ class Server:
 
     def post(self, path: str, body: dict, **options) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=options.pop("timeout", 120), **options)
+
+    def stream(self, path: str, body: dict, timeout: float) -> Iterator[dict]:
+        """The events of a streamed answer. Raises RuntimeError for an error among them, refused after the start."""
+        with self.post(path, body, stream=True, timeout=timeout) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if line.startswith(b"data: {"):
+                    answer = json.loads(line[6:])
+                    if "error" in answer:
+                        raise RuntimeError(f"{self.url}: {answer['error']}")
+                    yield answer
 
     def generate(self, text: str, **sampling) -> dict:
         """Answer of SGLang's native endpoint: `text` and `meta_info`; greedy unless told otherwise."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from operator import attrgetter
 
 import anthropic
 import ollama
@@ -22,26 +23,24 @@ def server(serve):
     return serve(*CLIENT_ARGS)
 
 
-def chat(server, stream: bool):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    options = {"model": MODEL, "messages": USER, "max_tokens": 4, "temperature": 0}
+def openai_usage(server, endpoint: str, stream: bool, **prompt):
+    """(tokens of the prompt, those that were cached) as `endpoint` of the client reports them."""
+    create = attrgetter(endpoint)(openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)).create
+    options = {"model": MODEL, "max_tokens": 4, "temperature": 0, **prompt}
     if not stream:
-        usage = client.chat.completions.create(**options).usage
+        usage = create(**options).usage
     else:
         options |= {"stream": True, "stream_options": {"include_usage": True}}
-        usage = [chunk.usage for chunk in client.chat.completions.create(**options)][-1]
+        usage = [chunk.usage for chunk in create(**options)][-1]
     return usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+def chat(server, stream: bool):
+    return openai_usage(server, "chat.completions", stream, messages=USER)
 
 
 def completion(server, stream: bool):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    options = {"model": MODEL, "prompt": TEXT, "max_tokens": 4, "temperature": 0}
-    if not stream:
-        usage = client.completions.create(**options).usage
-    else:
-        options |= {"stream": True, "stream_options": {"include_usage": True}}
-        usage = [chunk.usage for chunk in client.completions.create(**options)][-1]
-    return usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+    return openai_usage(server, "completions", stream, prompt=TEXT)
 
 
 def responses(server, stream: bool):

@@ -4,7 +4,6 @@ The prompts are sent twice. The first time every client asks for one token, whic
 prompts are in the server's cache and the clients decode together.
 """
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +82,9 @@ def ask_sglang(server: Server, prompt: list[int], tokens: int, client: int) -> S
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     body = {"input_ids": prompt, "stream": True, "sampling_params": sampling}
     arrivals, meta = [], {}
-    for moment, answer in _lines(server, "/generate", body):
+    for answer in server.stream("/generate", body, TIMEOUT):
         meta = answer["meta_info"]
-        arrivals.append((moment, meta["completion_tokens"]))
+        arrivals.append((time.perf_counter(), meta["completion_tokens"]))
     return Stream(arrivals, meta)
 
 
@@ -93,20 +92,9 @@ def ask_llama(server: Server, prompt: list[int], tokens: int, client: int) -> St
     body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     body |= {"cache_prompt": True, "id_slot": client, "return_tokens": True}
     arrivals, end, count = [], {}, 0
-    for moment, answer in _lines(server, "/completion", body):
-        end = answer
+    for answer in server.stream("/completion", body, TIMEOUT):
+        moment, end = time.perf_counter(), answer
         count += len(answer.get("tokens") or ())
         if answer.get("tokens"):
             arrivals.append((moment, count))
     return Stream(arrivals, end)
-
-
-def _lines(server: Server, path: str, body: dict[str, Any]):
-    with server.post(path, body, stream=True, timeout=TIMEOUT) as response:
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if line.startswith(b"data: {"):
-                answer = json.loads(line[6:])
-                if "error" in answer:  # refused after the stream began
-                    raise RuntimeError(f"{server.url}: {answer['error']}")
-                yield time.perf_counter(), answer
