@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sglang_step35.config import LayerSpec, ModelSpec, parse_config
 from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer, stages
+from sglang_step35.model.graphed_layers import GraphedLayers
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.vocab import PACKED_MODULES, TEXT_NAMES, embedding, name_parts, output_head
@@ -49,6 +50,7 @@ class Step3p5Model(nn.Module):
             stage_facts=partial(_stage_facts, spec),
         )
         self.runs_single_rank = single_rank.usable(quant_config)
+        self.graphed = GraphedLayers(self.layers)
         self.norm = PPMissingLayer(return_tuple=True)
         if self.pp_group.is_last_rank:
             self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -68,7 +70,7 @@ class Step3p5Model(nn.Module):
         if self.pp_group.is_first_rank:
             hidden = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
             if self.runs_single_rank:
-                hidden = single_rank.decoder_layers(self.layers, hidden, forward_batch)
+                hidden = self.graphed(hidden, forward_batch)
                 return self.norm(hidden), hidden
             residual_batch.start(forward_batch)
         else:

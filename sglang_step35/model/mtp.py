@@ -27,6 +27,7 @@ from sglang_step35.checkpoint.formats import open_files
 from sglang_step35.config import LayerSpec, ModelSpec, parse_config
 from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer
+from sglang_step35.model.graphed_layers import GraphedLayers
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.shared_tables import SharedTables
@@ -54,12 +55,13 @@ class MTPLayer(nn.Module):
             self.block = DecoderLayer(spec, layer, rows, kv_layer=depth, quant_config=quant_config, prefix=prefix)
         self.shared_head_norm = RMSNorm(size, eps)
         self.runs_single_rank = single_rank.usable(quant_config)
+        self.graphed = GraphedLayers((self.block,))
 
     def forward(self, embeds: Tensor, positions: Tensor, hidden: Tensor, forward_batch: ForwardBatch) -> Tensor:
         """embeds, hidden [T, H] -> [T, H] before `shared_head_norm`."""
         x = self._input(embeds, hidden)
         if self.runs_single_rank:
-            return single_rank.decoder_layers((self.block,), x, forward_batch)
+            return self.graphed(x, forward_batch)
         residual_batch.start(forward_batch)
         x = self.block(positions, x, forward_batch)
         x = residual_batch.complete_output(x, forward_batch)

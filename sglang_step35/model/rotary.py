@@ -31,9 +31,16 @@ class RotaryRows:
             self._rows[rope] = self._look_up(rope)
         return self._rows[rope]
 
+    def pairs(self, rope: nn.Module) -> Tensor:
+        """cos and sin of every angle, [T, r / 2, 2] float32."""
+        return self._cos_sin(rope).unflatten(-1, (2, -1)).transpose(1, 2)
+
+    def _cos_sin(self, rope: nn.Module) -> Tensor:
+        """[T, r] float32, the cosines first."""
+        return rope.cos_sin_cache.index_select(0, self.positions).float()
+
     def _look_up(self, rope: nn.Module) -> tuple[Tensor, Tensor]:
-        rows = rope.cos_sin_cache.index_select(0, self.positions).float()  # [T, r]
-        cos, sin = rows.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, r / 2]
+        cos, sin = self._cos_sin(rope).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, r / 2]
         rest = cos.new_zeros(*cos.shape[:2], rope.head_size - rope.rotary_dim)
         return torch.cat((cos, cos, rest + 1), dim=-1), torch.cat((-sin, sin, rest), dim=-1)
 

@@ -20,6 +20,7 @@ from sglang_step35.checkpoint.names import (
     model_shapes,
     text_name,
 )
+from sglang_step35.model.graphed_layers import GraphedLayers
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import QKNormRope
 from sglang_step35.model.weight_loader import OUTSIDE, Loader, Owner, WeightError
@@ -65,7 +66,7 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.refresh_gemma_weight()
-        elif isinstance(module, QKNormRope):
+        elif isinstance(module, QKNormRope | GraphedLayers):
             module.refresh()
     for parameter in model.parameters():
         if isinstance(parameter, PackedParameter):

@@ -4,7 +4,6 @@ A graph is built once for its shapes and reused for every layer that has them: o
 Letters: T tokens, k chosen experts of a token, E experts, H hidden size, I intermediate size.
 """
 
-import struct
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from sglang_step35.packed import ik_library
 from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, I32, SILU, Graph, Library
+from sglang_step35.packed.ik_library import F32, FLOAT, I32, SILU, Graph, Library, float_bits, place, set_strides
 from sglang_step35.packed.tensor import PackedTensor
 
-FLOAT = 4  # bytes
 # Tokens of one expert call: between gate/up and down it keeps k (I + H) floats of each, 90 MB for the published widths.
 EXPERT_TOKENS = 512
 # The library's Q4_1 leaves the columns after the last whole 128 out of the sum, from 32 rows on.
@@ -80,7 +78,7 @@ class _Linear:
         outputs = [library.ggml_mul_mat(library.arena, weight, x) for weight in weights]
         row = FLOAT * sum(rows for _, rows in kinds)
         for output in outputs:
-            _set_strides(output.contents, row, row * tokens)
+            set_strides(output.contents, row, row * tokens)
         self.graph = Graph(library, outputs, threads)
         self.x, self.weights = x.contents, [weight.contents for weight in weights]
         self.outputs = [output.contents for output in outputs]
@@ -89,7 +87,7 @@ class _Linear:
         self.x.data = x.data_ptr()
         address = out.data_ptr()
         for weight, output, part in zip(self.weights, self.outputs, parts, strict=True):
-            _place(weight, part.data)
+            place(weight, part.data)
             output.data = address
             address += FLOAT * part.shape[0]
         self.graph.run()
@@ -107,7 +105,7 @@ class _Experts:
         ids, weights = library.tensor(I32, top_k, tokens), library.tensor(F32, 1, top_k, tokens)
         inner = library.ggml_moe_up_gate(arena, up, gate, x, ids, SILU)
         if limit is not None:
-            inner.contents.op_params[1] = _float_bits(limit)
+            inner.contents.op_params[1] = float_bits(limit)
         rows = library.ggml_mul_mat_id(arena, down, inner, ids)  # zeros where the id is -1
         out = library.ggml_mul_multi_add(arena, rows, weights)
         self.graph = Graph(library, (out,), threads)
@@ -122,27 +120,10 @@ class _Experts:
         tensors = (x, gate.data, up.data, down.data, weights, ids, out)
         for operand, tensor in zip(self.operands, tensors, strict=True):
             if tensor.dtype is torch.uint8:
-                _place(operand, tensor)
+                place(operand, tensor)
             else:
                 operand.data = tensor.data_ptr()
         address = self.library.rows.address(sum(self.sizes))
         for tensor, size in zip(self.between, self.sizes, strict=True):
             tensor.data, address = address, address + size
         self.graph.run()
-
-
-def _place(tensor: ik_library.CTensor, data: Tensor) -> None:
-    """Let a tensor of weights be the bytes [.., rows, bytes of a row]."""
-    tensor.data = data.data_ptr()
-    row = data.stride(-2)
-    _set_strides(tensor, row, data.stride(0) if data.dim() == 3 else row * len(data))
-
-
-def _set_strides(tensor: ik_library.CTensor, row: int, matrix: int) -> None:
-    """In bytes: from row to row, from matrix to matrix."""
-    tensor.nb[1], tensor.nb[2], tensor.nb[3] = row, matrix, matrix * tensor.ne[2]
-
-
-def _float_bits(value: float) -> int:
-    (bits,) = struct.unpack("i", struct.pack("f", value))
-    return bits

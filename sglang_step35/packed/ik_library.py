@@ -5,8 +5,9 @@ whoever builds a graph checks types and shapes first. One thread may use it at a
 """
 
 import ctypes
+import struct
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_bool, c_char, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 
 PACKAGE, VERSION = "ik-llama-cpp-python", "0.1.5"
 F32, I32 = 0, 26  # enum ggml_type
-SILU = 10  # enum ggml_unary_op
-ARENA_BYTES = 8 << 20  # of tensors and graphs, a few kilobytes each
-GRAPH_NODES = 16  # at most, in one graph; ggml rounds its tables up from there
+FLOAT = 4  # bytes
+SIGMOID, SILU = 7, 10  # enum ggml_unary_op
+NEOX = 2  # the rotary embedding that turns channel i with channel i + r / 2
+ARENA_BYTES = 64 << 20  # of tensors and graphs, a few kilobytes each; what is not used costs nothing
+GRAPH_NODES = 64  # at most, in one graph; ggml rounds its tables up from there
 _OBJECT_BYTES = 32  # ggml's own header before each tensor
 
 
@@ -75,6 +78,22 @@ _SIGNATURES: dict[str, tuple] = {
     "ggml_mul_mat_id": (_TENSOR, c_void_p, _TENSOR, _TENSOR, _TENSOR),
     "ggml_moe_up_gate": (_TENSOR, c_void_p, _TENSOR, _TENSOR, _TENSOR, _TENSOR, c_int),
     "ggml_mul_multi_add": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_add": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_div": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_scale": (_TENSOR, c_void_p, _TENSOR, c_float),
+    "ggml_sigmoid": (_TENSOR, c_void_p, _TENSOR),
+    "ggml_sum_rows": (_TENSOR, c_void_p, _TENSOR),
+    "ggml_get_rows": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_top_k": (_TENSOR, c_void_p, _TENSOR, c_int),
+    "ggml_reshape_2d": (_TENSOR, c_void_p, _TENSOR, c_int64, c_int64),
+    "ggml_reshape_3d": (_TENSOR, c_void_p, _TENSOR, c_int64, c_int64, c_int64),
+    "ggml_fused_rms_norm": (_TENSOR, c_void_p, _TENSOR, _TENSOR, c_float),
+    "ggml_fused_up_gate": (_TENSOR, c_void_p, _TENSOR, _TENSOR, _TENSOR, c_int),
+    "ggml_fused_mul_unary": (_TENSOR, c_void_p, _TENSOR, _TENSOR, c_int),
+    "ggml_rope_fast": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_nbytes": (c_size_t, _TENSOR),
+    "ggml_graph_n_nodes": (c_int, c_void_p),
+    "ggml_graph_node": (_TENSOR, c_void_p, c_int),
     "ggml_new_graph_custom": (c_void_p, c_void_p, c_size_t, c_bool),
     "ggml_build_forward_expand": (None, c_void_p, _TENSOR),
     "ggml_graph_plan": (_Plan, c_void_p, c_int),
@@ -186,3 +205,20 @@ def library_path() -> Path:
     if spec is None or spec.origin is None:
         raise ImportError(f"{PACKAGE} is not installed")
     return Path(spec.origin).parent / "lib" / "libggml.so"
+
+
+def place(tensor: CTensor, data: torch.Tensor) -> None:
+    """Let a tensor of weights be the bytes [.., rows, bytes of a row]."""
+    tensor.data = data.data_ptr()
+    row = data.stride(-2)
+    set_strides(tensor, row, data.stride(0) if data.dim() == 3 else row * len(data))
+
+
+def set_strides(tensor: CTensor, row: int, matrix: int) -> None:
+    """In bytes: from row to row, from matrix to matrix."""
+    tensor.nb[1], tensor.nb[2], tensor.nb[3] = row, matrix, matrix * tensor.ne[2]
+
+
+def float_bits(value: float) -> int:
+    (bits,) = struct.unpack("i", struct.pack("f", value))
+    return bits

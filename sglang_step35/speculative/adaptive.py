@@ -3,10 +3,12 @@
 With conditional acceptance a_i of the i-th draft, a round of d drafts commits
 E(d) = 1 + a_1 + a_1 a_2 + ... + a_1 .. a_d tokens and costs the seconds C(d) of a verify step of
 width d + 1 and a pass of the first d MTP layers. The best depth maximises E(d) / C(d); depth 0 is
-plain decoding. Everything here is plain arithmetic on numbers handed in, no clock and no tensors.
+plain decoding. Depths that were not timed yet cost what the bytes they read foretell, next to those that
+were. Everything here is plain arithmetic on numbers handed in, no clock and no tensors.
 """
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, prod
 
@@ -20,7 +22,7 @@ class AdaptiveSettings:
 
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
-    After probe_every rounds another depth is measured anew, the one that has waited longest, and
+    After probe_every rounds another depth is measured, the one that has waited longest, and
     then after twice as many rounds each time, up to probe_at_most, until the choice changes. Where
     that fails for `patience` rounds, because the batch keeps changing, the former cost stands. gain
     is the advantage needed to change depth, so that noise does not.
@@ -130,18 +132,22 @@ class Calibration:
 class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
-    acceptance: [max_depth] conditional rates. cost: [max_depth + 1] seconds of a round by depth,
+    prior: [max_depth + 1] what rounds cost by depth, in any unit, before they are timed. acceptance: [max_depth]
+    conditional rates, where they are known from elsewhere. cost: [max_depth + 1] measured seconds of a round by depth,
     None where too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
+    prior: Sequence[float]
+    acceptance: list[float] = field(default_factory=list)
     depth: int = field(init=False)
-    acceptance: list[float] = field(init=False)
     cost: list[float | None] = field(init=False)
     wide_cost: list[float | None] = field(init=False)
+    _drafts: list[float] = field(init=False)
     _seconds: list[deque] = field(init=False)
     _wide_seconds: list[deque] = field(init=False)
-    _former: list[float | None] = field(init=False)
+    _trial: int | None = field(init=False, default=None)
+    _former: float | None = field(init=False, default=None)
     _unmeasured: int = field(init=False, default=0)
     _rounds: int = field(init=False, default=0)
     _wait: int = field(init=False)
@@ -150,15 +156,18 @@ class DepthController:
 
     def __post_init__(self):
         self.depth = self.settings.max_depth
-        self.acceptance = [0.5] * self.settings.max_depth
+        self._drafts = [1 / self.settings.smoothing if self.acceptance else 0.0] * self.settings.max_depth
+        if not self.acceptance:
+            # Whatever pays later, the first rounds show how far drafts come true.
+            self.acceptance, self._trial = [0.5] * self.settings.max_depth, self.depth
         depths = range(self.settings.max_depth + 1)
         self._seconds, self._wide_seconds = ([deque(maxlen=self.settings.window) for _ in depths] for _ in range(2))
         self.cost = [inf if depth < self.settings.min_depth else None for depth in depths]
         self.wide_cost = [None for _ in depths] if self.settings.look_ups else []
-        self._former = [None for _ in depths]
         self._wait = self.settings.probe_every
-        # Past the last depth: the other width at the depth in use.
-        self._turns = deque(range(self.settings.min_depth, len(depths) + self.settings.look_ups))
+        # The deepest, measured first, stands nearest to the next; behind the last: the other width at the depth in use.
+        self._turns = deque(reversed(range(self.settings.min_depth, len(depths))))
+        self._turns.extend([len(depths)] * self.settings.look_ups)
 
     def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
         """Note the time of a round that drafted and verified `depth` tokens; wide: and looked-up ones."""
@@ -173,21 +182,20 @@ class DepthController:
     def observe_acceptance(self, offered: list[int], accepted: list[int]) -> None:
         """Per draft position: requests that reached it with a draft, and those it was accepted for."""
         for i, (tries, hits) in enumerate(zip(offered, accepted, strict=True)):
-            weight = 1 - (1 - self.settings.smoothing) ** tries
             if tries:
+                # The mean, the first guess counting as one draft, until that would be slower than the smoothing.
+                self._drafts[i] += tries
+                weight = max(1 - (1 - self.settings.smoothing) ** tries, tries / (self._drafts[i] + 1))
                 self.acceptance[i] += weight * (hits / tries - self.acceptance[i])
 
     def next_depth(self) -> int:
-        """Depth of the next round: the best one known, now and then one to be measured anew."""
-        if None in self.cost:
-            depth = max(d for d, seconds in enumerate(self.cost) if seconds is None)
+        """Depth of the next round: the best one known, now and then one to be measured."""
+        if self._trial is not None and self.cost[self._trial] is None:
             self._unmeasured += 1
-            fallback = self._former[depth] or [*self.cost, None][depth + 1]
-            if self._unmeasured <= self.settings.patience or fallback is None:
-                return depth
-            self.cost[depth], self._unmeasured = fallback, 0
-            return self.next_depth()
-        self._unmeasured = 0
+            if self._unmeasured <= self.settings.patience:
+                return self._trial
+            self.cost[self._trial] = self._former
+        self._trial, self._unmeasured = None, 0
         before = self.depth
         self.depth = best_depth(self.acceptance, self._costs(), before, self.settings.gain)
         if self.depth != before:
@@ -196,9 +204,9 @@ class DepthController:
         return self._probe() if self._rounds >= self._wait else self.depth
 
     def floors(self) -> list[float]:
-        """`StopRule.floors`; 0, which never stops, until every depth was measured."""
+        """`StopRule.floors`; 0, which never stops, while nothing was measured."""
         cost, depths = self._costs(), range(1, self.settings.max_depth)
-        if len(cost) < len(self.cost):
+        if self.cost.count(None) == len(cost):
             return [0.0] * len(depths)
         best = self._best_rate()
         extra = [max(0.0, cost[d + 1] - cost[d]) for d in depths]
@@ -217,13 +225,18 @@ class DepthController:
         return tokens > self._best_rate() * max(0.0, with_them - without)
 
     def _best_rate(self) -> float:
-        """Tokens a second at the best measured depth."""
-        rates = (expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(self.cost) if cost is not None)
-        return max(rates)
+        """Tokens a second at the best depth."""
+        return max(expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(self._costs()))
 
     def _costs(self) -> list[float]:
-        """The measured costs: all depths' unless one is under trial."""
-        return [seconds for seconds in self.cost if seconds is not None]
+        """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one."""
+        timed = {depth: seconds for depth, seconds in enumerate(self.cost) if seconds not in (None, inf)}
+        return [self._foretold(depth, timed) if known is None else known for depth, known in enumerate(self.cost)]
+
+    def _foretold(self, depth: int, timed: Mapping[int, float]) -> float:
+        near = min(timed, key=lambda other: abs(other - depth), default=None)
+        scale = 1.0 if near is None else timed[near] / self.prior[near]
+        return self.prior[depth] * scale
 
     def _probe(self) -> int:
         """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""
@@ -239,5 +252,5 @@ class DepthController:
                 self.wide_cost[depth] = None
                 return depth
         self._seconds[depth].clear()
-        self._former[depth], self.cost[depth] = self.cost[depth], None
+        self._trial, self._former, self.cost[depth] = depth, self.cost[depth], None
         return depth

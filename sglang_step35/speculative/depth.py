@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from sglang_step35.names import DEPTH_PARAM
 from sglang_step35.speculative.adaptive import (
@@ -20,19 +21,26 @@ def depth_limit(req) -> int:
     return (req.sampling_params.custom_params or {}).get(DEPTH_PARAM, sys.maxsize)
 
 
+Prior = Callable[[int], Sequence[float]]
+
+
 class DepthPlanner:
     """Adaptive depth and width for the worker: one controller per power of two of batch sizes.
 
     Without `settings.adaptive` every round drafts num_steps tokens; whether looked-up ones follow is measured
     nevertheless. Of what decides the depth only the seconds differ
     between ranks, so rank 0's clock serves all.
+
+    prior: what rounds of a batch size cost by depth, 0 to num_steps, in any unit, before they are timed.
     """
 
-    def __init__(self, settings: MTPSettings, clock=time.perf_counter, ranks: Ranks = ALONE):
+    def __init__(self, settings: MTPSettings, prior: Prior, clock=time.perf_counter, ranks: Ranks = ALONE):
         self.settings = settings
+        self._prior = prior
         self._clock = clock
         self._ranks = ranks
         self._controllers: dict[int, DepthController] = {}
+        self._latest: DepthController | None = None
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
         self._last: tuple[float, frozenset, tuple[int, bool]] | None = None
@@ -94,8 +102,11 @@ class DepthPlanner:
             steps = self.settings.num_steps
             lowest = 0 if self.settings.adaptive else steps
             settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
-            self._controllers[bucket] = DepthController(settings)
-        return self._controllers[bucket]
+            # The text stays the same when the batch changes.
+            known = list(self._latest.acceptance) if self._latest else []
+            self._controllers[bucket] = DepthController(settings, self._prior(batch_size), known)
+        self._latest = self._controllers[bucket]
+        return self._latest
 
     @property
     def _measures(self) -> bool:

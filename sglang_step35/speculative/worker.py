@@ -28,6 +28,7 @@ from sglang_step35.speculative.penalties import PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
 from sglang_step35.speculative.ranks import Ranks
+from sglang_step35.speculative.round_cost import RoundCost
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
 from sglang_step35.speculative.spans import PREFILL, ROUND, spanned
 from sglang_step35.speculative.state import RequestStore
@@ -91,8 +92,12 @@ class Step35SpecWorker(BaseSpecWorker):
             device=runner.device,
         )
         set_lag(req_to_token_pool, self.store.lag.of)
-        self.depths = DepthPlanner(self.settings, ranks=self.ranks)
+        self.depths = DepthPlanner(self.settings, self._bytes_by_depth, ranks=self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
+
+    def _bytes_by_depth(self, batch: int) -> list[float]:
+        models = self._target_worker.model_runner.model, self._draft_worker.draft_runner.model
+        return RoundCost.of(*models, self.settings.num_steps).by_depth(batch)
 
     def _build_hicache_draft_plan(self) -> HiCacheDraftPlan:
         """Every MTP layer's KV is written back and loaded with the backbone's."""

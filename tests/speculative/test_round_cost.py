@@ -1,0 +1,40 @@
+"""Bytes of a round against the files' own sizes."""
+
+import json
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+
+from scripts.benchmarks.real_width import traffic
+from sglang_step35.speculative.round_cost import RoundCost
+from tests.packed.test_model import SMALL, converted
+from tests.support import model_host
+
+
+@pytest.fixture(scope="module", params=["Q8_0", "Q4_0"])
+def files(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cost")
+    return converted(folder, SMALL, lambda name: Q[request.param])[0]
+
+
+def test_bytes_are_those_of_the_file(files):
+    models = (model_host.load_gguf(files, draft=draft) for draft in (False, True))
+    cost = RoundCost.of(*models, num_steps=3)
+    fields = json.loads((files.parent / "config.json").read_text())
+    read = traffic.read(files, fields)
+    for batch in (1, 16):
+        for depth, found in enumerate(cost.by_depth(batch)):
+            drafts = sum(read.dense[read.layers + i] + read.head for i in range(depth))
+            # Head gates and norms are unpacked while they load.
+            assert found == pytest.approx(read.step(batch * (depth + 1)) + drafts, rel=0.06)
+
+
+def test_tokens_share_experts():
+    """Against tokens that really choose: 3 of 8 each."""
+    cost = RoundCost(dense=0, routed=1, share=3 / 8, drafts=())
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 2, 5):
+        chosen = torch.rand(4000, tokens, 8, generator=generator).topk(3).indices
+        touched = torch.zeros(4000, 8).scatter_(1, chosen.flatten(1), 1.0).mean()
+        assert cost.touched(tokens) == pytest.approx(float(touched), rel=0.02)
