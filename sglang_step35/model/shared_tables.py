@@ -95,6 +95,7 @@ class SharedTables(nn.Module):
         packed = getattr(table, "qweight", None)
         if isinstance(packed, PackedParameter):
             packed.fill(None, copy)
+            packed.prepare()
         elif isinstance(copy, GGMLTensor):
             load_table(table, copy, self._dtype)
         else:
@@ -137,7 +138,7 @@ def _equal(table: VocabParallelEmbedding, copy: Tensor | PackedTensor) -> bool:
     """
     packed = getattr(table, "qweight", None)
     if packed is not None:
-        return isinstance(packed, PackedParameter) and packed.rows()[0].equals(packed.cut(None, as_packed(copy)))
+        return isinstance(packed, PackedParameter) and packed.as_given()[0].equals(packed.cut(None, as_packed(copy)))
     start = table.shard_indices.org_vocab_start_index
     rows = table.shard_indices.org_vocab_end_index - start
     weight, copy = table.weight.data, copy[start : start + rows]

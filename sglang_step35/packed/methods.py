@@ -17,7 +17,7 @@ from sglang.srt.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.runtime_context import get_exec
 from torch import Tensor, nn
 
@@ -102,7 +102,10 @@ class PackedTable(PackedLinear):
     """The embedding and the head [V, H]; `apply` gives the head's logits."""
 
     def create_weights(self, layer: nn.Module, *_sizes, params_dtype: torch.dtype, **_attributes) -> None:
-        layer.register_parameter("qweight", PackedParameter.of(None, cut=lambda _, rows: ranks.of_table(layer, rows)))
+        # Of an embedding single rows are read. Copies of the head are compared with what its file has.
+        prepares = isinstance(layer, ParallelLMHead) and params_dtype is not torch.float32
+        own = dict(cut=lambda _, rows: ranks.of_table(layer, rows), prepares=prepares, keeps=True)
+        layer.register_parameter("qweight", PackedParameter.of(None, **own))
         layer.params_dtype = params_dtype
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 
+from sglang_step35.packed import ik_check
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.parameter import PackedParameter
 from tests.support import model_host
@@ -114,18 +115,22 @@ def test_a_split_file_without_mtp_layers(tmp_path):
     assert (found - reference.logprobs(prompt(12))).abs().max() < TOLERANCE
 
 
-def test_equal_heads_and_embeddings_are_shared(tmp_path):
-    """Equal bytes of one type; a head of another type is the layer's own."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_heads_and_embeddings_are_shared(tmp_path, dtype):
+    """Equal bytes of one type, however the kernels order a head's rows; another head is the layer's own."""
     shape = replace(SMALL, embedding_copies=True)
 
     def edit(metadata, tensors):
         tensors["blk.9.nextn.shared_head_head.weight"] = tensors["output.weight"]
 
     file, _ = converted(tmp_path, shape, lambda name: Q.Q8_0, edit=edit)
-    backbone, mtp = model_host.load_gguf(file), model_host.load_gguf(file, draft=True)
+    backbone, mtp = (model_host.load_gguf(file, draft=draft, dtype=dtype) for draft in (False, True))
     report = mtp.share_with(backbone)
     assert [report[f"layer {i} head"] for i in range(3)] == ["backbone", "own", "own"]
     assert {report[f"layer {i} embedding"] for i in range(3)} == {"backbone"}
+    heads = [mtp.tables.head(depth).qweight.rows()[0].type.name for depth in range(3)]
+    interleaved = dtype == "bfloat16" and ik_check.usable()
+    assert heads == ["Q8_0_R8" if interleaved else "Q8_0"] * 3
 
 
 def test_a_config_beside_the_file_counts(tmp_path):
