@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import requests
 
-PROMPT = '''def read_lines(path):
-    """Return the lines of a text file."""
-'''
+PROMPT = '''import json
+
+
+def load(file):
+    """Read'''
 MAX_NEW_TOKENS = 96
 START_SECONDS = 300
 

@@ -8,9 +8,6 @@ kept in DIR/state.pt, and a repeated call goes on from there.
 
 A changed plan needs no new start: every stage leaves DIR/STAGE.pt at its end; copied to DIR/state.pt, training goes on
 from there. The rate is constant in the stage "stable", so that one can be made longer in nano/config.py.
-
-The shipped checkpoint is still that of an earlier plan (its training_report.json holds it). A run of this plan has
-the better backbone and a third of the loops but the worse heads: see "newer_run_not_shipped" there.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class Plan:
         Stage("stable", "text", 3000, 4, 512, (1.0, 1.0)),
         Stage("decay", "text", 5000, 4, 512, (1.0, 0.35)),
         Stage("joint", "joint", 1800, 8, 512, (0.35, 0.05)),
-        Stage("unloop", "unloop", 400, 8, 512, (0.05, 0.0)),
-        Stage("distill", "distill", 2500, 8, 256, (0.25, 0.0)),
+        Stage("unloop", "unloop", 900, 8, 512, (0.1, 0.0)),
+        Stage("distill", "distill", 12000, 8, 256, (1.0, 0.0)),
     )
     muon_lr: float = 0.012
     adam_lr: float = 0.015
@@ -100,8 +100,8 @@ class Plan:
     loop_ngram: int = 8  # a token that completes a repeated n-gram of this size is made less likely
     loop_weight: float = 0.3  # of that unlikelihood beside the loss of the corpus
     own_temperatures: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0)  # texts of "distill", `own_rows` of each
-    own_rows: int = 768
-    true_rows: int = 1024  # and this many crops of the corpus
+    own_rows: int = 1536
+    true_rows: int = 1536  # and this many crops of the corpus
     heldout_percent: int = 5
     prompts: int = 200
 
