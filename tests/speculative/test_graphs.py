@@ -23,8 +23,9 @@ from sglang_step35.speculative.window import RoundWindow, Verified, WindowReader
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.nano_model import generate_all, greedy, histogram, prompts
+from tests.support.pool_attention import SLOTS, PoolAttention, Recorder
 
-STEPS, WIDTH, SLOTS = 3, 6, 128
+STEPS, WIDTH = 3, 6
 COMMITTED = [10, 1, 21]  # the second request's window begins before position 0
 OWNERS = [3, 1, 2]
 
@@ -36,54 +37,6 @@ def mtp(tmp_path_factory):
     model = model_host.load(directory, draft=True)
     model.share_with(backbone)
     return model
-
-
-class PoolAttention:
-    """Row by row over a pool of K and V; slot 0 takes what nobody reads."""
-
-    def __init__(self, req_to_token):
-        self.req_to_token = req_to_token
-        self.pools = {}
-        self.plans = []
-
-    def forward(self, q, k, v, layer, batch, **_unused):
-        dim = layer.head_dim
-        q, k, v = (x.view(len(q), -1, dim) for x in (q, k, v))
-        keys, values = self.pools.setdefault(layer.layer_id, (self.filled(k), self.filled(v)))
-        keys[batch.out_cache_loc], values[batch.out_cache_loc] = k, v
-        owners = batch.req_pool_indices.repeat_interleave(len(q) // batch.batch_size)
-        rows = []
-        for query, owner, position in zip(q, owners, batch.positions.tolist(), strict=True):
-            first = max(0, position - layer.sliding_window_size)
-            slots = self.req_to_token[owner, first : position + 1]
-            groups = len(query) // k.shape[1]
-            scores = torch.einsum("hd,thd->ht", query, keys[slots].repeat_interleave(groups, 1))
-            weights = (scores * layer.scaling).softmax(-1)
-            rows.append(torch.einsum("ht,thd->hd", weights, values[slots].repeat_interleave(groups, 1)))
-        return torch.stack(rows).flatten(1)
-
-    @staticmethod
-    def filled(like):
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(SLOTS, *like.shape[1:], generator=generator)
-
-    def init_forward_metadata(self, batch):
-        self.plans.append("eager")
-
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
-        self.plans.append(("state", max_bs, max_num_tokens))
-
-    def init_forward_metadata_out_graph(self, batch, in_capture=False):
-        self.plans.append(("capture" if in_capture else "replay", batch.batch_size))
-
-    def init_forward_metadata_in_graph(self, batch):
-        pass
-
-    def draft_extend_metadata_captured_in_graph(self):
-        return False
-
-    def shared_read_ends(self, mode):
-        return SharedReadEnds.UNKNOWN
 
 
 class TritonRows(TritonAttnBackend):
@@ -100,20 +53,6 @@ class TritonRows(TritonAttnBackend):
 
     def _fill_kv_indptr_and_indices(self, *_unused):
         return self.kv_indptr
-
-
-class Recorder:
-    """In place of SGLang's graph backend."""
-
-    def __init__(self):
-        self.recorded = {}
-
-    def capture_one(self, key, run, post_warmup_hook=None):
-        run()
-        self.recorded[key] = run
-
-    def replay(self, key, batch):
-        return self.recorded[key]()
 
 
 class Translator:
