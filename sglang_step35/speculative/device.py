@@ -59,8 +59,9 @@ def capture_graphs(runner, settings: MTPSettings, reader: WindowReader):
 
 
 def capture_narrow_steps(narrow: "NarrowSteps", settings: MTPSettings, ranks: Ranks) -> None:
-    """Graphs of the verify steps that adaptive depth makes narrower than the full width."""
-    if settings.adaptive and _captures_decode_graphs():
+    """Graphs of the verify steps that adaptive depth makes narrower than the full width, where that one has any."""
+    has_wide_ones = narrow.runner.decode_cuda_graph_runner is not None  # none in a prefill server of a pair
+    if settings.adaptive and _captures_decode_graphs() and has_wide_ones:
         narrow.capture(settings.narrow_widths, ranks)
 
 

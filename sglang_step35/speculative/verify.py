@@ -92,7 +92,7 @@ class TargetVerifier:
         rule = SamplingRule.from_info(info)
         columns = torch.arange(width, device=chain.device)
         streams = torch.full_like(columns, _ACCEPT_STREAM)
-        streams[0] = _FINAL_STREAM
+        streams[:1].fill_(_FINAL_STREAM)
         coins = rule.coins(batch.seq_lens.long()[:, None] + columns, streams)
         tokens, accept_lens = accept_sampled(drafts, rule.distribution(logits), proposal, coins[:, 1:], coins[:, 0])
         return self.ranks.same(tokens), self.ranks.same(accept_lens)

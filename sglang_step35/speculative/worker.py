@@ -34,7 +34,7 @@ from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
-from sglang_step35.speculative.spans import PREFILL, ROUND, spanned
+from sglang_step35.speculative.spans import PREFILL, ROUND, of_width, spanned
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
 from sglang_step35.speculative.verify_graphs import NarrowSteps
@@ -168,7 +168,7 @@ class Step35SpecWorker(BaseSpecWorker):
             if offered != drafted:
                 propose_surely(proposal, chain[:, 1:], *to_device(drafted, device=chain.device))
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
-        with self.narrow.serving(width):
+        with self.narrow.serving(width), of_width(width):
             outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)

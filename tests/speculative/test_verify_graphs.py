@@ -103,13 +103,13 @@ def test_ranks_decide_by_rank_0_and_the_smallest_gpu(capture):
         (MTPSettings(3, look_ups=5), None),
     ],
 )
-@pytest.mark.parametrize("graphs", [True, False])
-def test_narrow_steps_are_adaptive_depths(monkeypatch, settings, widths, graphs):
+@pytest.mark.parametrize("graphs, wide", [(True, "graphs"), (False, "graphs"), (True, None)])
+def test_narrow_steps_are_adaptive_depths(monkeypatch, settings, widths, graphs, wide):
     monkeypatch.setattr(device, "_captures_decode_graphs", lambda: graphs)
-    asked = []
-    narrow = SimpleNamespace(capture=lambda widths, ranks: asked.append(list(widths)))
+    asked, runner = [], SimpleNamespace(decode_cuda_graph_runner=wide)
+    narrow = SimpleNamespace(runner=runner, capture=lambda widths, ranks: asked.append(list(widths)))
     device.capture_narrow_steps(narrow, settings, ALONE)
-    assert asked == ([widths] if widths and graphs else [])
+    assert asked == ([widths] if widths and graphs and wide else [])
 
 
 class Slots:
