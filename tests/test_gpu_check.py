@@ -98,6 +98,8 @@ def test_servers_are_started_by_the_planner_s_line(setting):
     assert "--enable-multi-layer-eagle" in mtp and "--enable-multi-layer-eagle" not in off
     assert adaptive == (*mtp, "--speculative-adaptive")
     assert stock == mtp
+    flashinfer = servers.arguments(setting, "flashinfer")
+    assert flashinfer == (*mtp, "--attention-backend", "flashinfer") and "--attention-backend" not in mtp
     assert mtp[mtp.index("--context-length") + 1] == str(setting.context)
     assert servers.plan_for(setting, "mtp").best.concurrency(setting.context) >= 32
     setting.save("checkpoint", {"config": truncated.truncated(2, tiny=True)})
@@ -204,7 +206,7 @@ RESULTS = {
 
 def test_report_names_what_did_not_run():
     text = report.text(RESULTS)
-    assert text.endswith("not run: tests-flashinfer, tests-fa3, tests-triton, tests-server, bench-adaptive")
+    assert text.endswith("not run: tests-flashinfer, tests-fa3, tests-triton, tests-server, bench-adaptive, bench-flashinfer")
     assert "2030-01-02: NVIDIA H100 80GB HBM3, 81559 MiB, driver 570.1" in text
     assert "bench-stock: does not start: KeyError: 'x'" in text
     assert "  8 requests, 9 rounds (gpu): round 4.000 ms  verify 2.500" in text

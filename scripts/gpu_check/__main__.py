@@ -24,6 +24,7 @@ STEPS = {
     "bench-off": "accept length and tokens per second: this package without speculation",
     "bench-mtp": "the same with three MTP layers",
     "bench-adaptive": "the same with adaptive draft depth",
+    "bench-flashinfer": "the same with fixed depth on FlashInfer attention, where SGLang picks another by itself",
     "bench-stock": "the same with SGLang alone, where it starts",
     "accept": "greedy output and accepted drafts against offline loops",
     "profile": "time of a round: verify, MTP layers, gaps",

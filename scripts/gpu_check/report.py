@@ -9,7 +9,7 @@ from scripts.gpu_check.suite import PARTS
 from sglang_step35.bench.stats import Run, run_from_json
 from sglang_step35.bench.table import table
 
-BENCHES = ("bench-off", "bench-mtp", "bench-adaptive", "bench-stock")  # ratios are to the first
+BENCHES = ("bench-off", "bench-mtp", "bench-adaptive", "bench-flashinfer", "bench-stock")  # ratios are to the first
 PROFILES = ("profile", "profile-adaptive")
 STEPS = ("machine", *PARTS, "checkpoint", *BENCHES, "accept", *PROFILES, "memory")
 PARTS_OF_ROUND = ("verify", "mtp", "other", "gap")

@@ -60,8 +60,9 @@ def capture_graphs(runner, settings: MTPSettings, reader: WindowReader):
 
 def capture_narrow_steps(narrow: "NarrowSteps", settings: MTPSettings, ranks: Ranks) -> None:
     """Graphs of the verify steps that adaptive depth makes narrower than the full width, where that one has any."""
-    has_wide_ones = narrow.runner.decode_cuda_graph_runner is not None  # none in a prefill server of a pair
-    if settings.adaptive and _captures_decode_graphs() and has_wide_ones:
+    if not settings.adaptive or not _captures_decode_graphs():
+        return
+    if narrow.runner.decode_cuda_graph_runner is not None:  # there is none on a server for prefills alone
         narrow.capture(settings.narrow_widths, ranks)
 
 
