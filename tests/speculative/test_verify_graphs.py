@@ -13,12 +13,15 @@ from sglang.srt.model_executor.runner import decode_cuda_graph_runner as decode_
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
+from sglang_step35.names import DEPTH_PARAM
 from sglang_step35.speculative import device, verify_graphs
 from sglang_step35.speculative.ranks import ALONE
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.verify_graphs import NarrowSteps
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
+from tests.support.nano_model import generate_all, greedy, histogram, prompts
 from tests.support.pool_attention import PoolAttention, Recorder
 
 TABLE = torch.cat([torch.zeros(1, 32, dtype=torch.int64), 1 + torch.arange(96).flip(0).view(3, 32)])
@@ -240,3 +243,20 @@ def test_attention_reads_its_width_while_it_is_built(directory, monkeypatch):
     runner = SimpleNamespace(device="cuda", gpu_id=0, graph_memory_usage={"target_verify": 0.0})
     NarrowSteps(runner, 4).capture([2], ALONE)
     assert seen == [(2, 1)] * 2 and get_spec().speculative_num_draft_tokens == before
+
+
+@pytest.mark.gpu
+@pytest.mark.server
+@pytest.mark.parametrize("backend", ["flashinfer", "fa3", "triton"])
+def test_on_cuda_every_width_gives_the_same_tokens(serve, backend):
+    flags = ("--device", "cuda", "--dtype", "bfloat16", "--attention-backend", backend, "--speculative-adaptive")
+    server = serve(*NANO_ARGS, *MTP_ARGS, *flags)
+    wanted = prompts()[:12]
+    expected = [greedy(tuple(ids), 48) for ids in wanted]
+    for drafts in range(4):
+        answers = generate_all(server, wanted, 48, at_once=6, custom_params={DEPTH_PARAM: drafts})
+        tokens = [answer["output_ids"] for answer in answers]
+        assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 9  # bfloat16 turns some ties
+        assert not any(count for answer in answers for count in histogram(answer)[drafts + 1 :])
+    log = server.log.read_text(errors="replace")
+    assert all(f"Verify graphs of {width} tokens" in log for width in (1, 2, 3))
