@@ -115,7 +115,7 @@ def picture(results: Results) -> bytes | None:
         bottoms = [a + b for a, b in zip(bottoms, values, strict=True)]
     right.set_title(f"a round with MTP, ms ({rounds[0]['source']})", fontsize=10)
     right.set_xlabel("concurrent requests; below them tokens verified, where adaptive", fontsize=8)
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncol=2, fontsize=8, frameon=False)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=2, fontsize=8, frameon=False)
     right.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
