@@ -179,7 +179,7 @@ class Step35SpecWorker(BaseSpecWorker):
             seq_lens_cpu=seq_lens_cpu,
             accept_lens=outcome.accept_lens,
             tokens=outcome.tokens,
-            hidden=outcome.hidden.view(*outcome.tokens.shape, -1),
+            hidden=outcome.hidden.unflatten(0, outcome.tokens.shape),
         )
         sampler = self._draft(batch, pool_idx, verified, outcome.result.new_seq_lens)
         last = (outcome.accept_lens - 1)[:, None]
