@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_step35.speculative import verify
+from sglang_step35.speculative import device, verify
 from tests.support import cuda_host
 from tests.support.fake_cuda import fake_cuda
 
@@ -76,6 +76,25 @@ def test_rounds_of_any_depth_wait_for_nothing_and_verify_what_they_drafted(cuda,
         relay = cuda_host.round_of(worker, requests, relay).next_draft_input
         assert cuda.found == [] or not caught_up
     assert worker._target_worker.verified == [4, 4, 1, 1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("mask, built", [(None, True), (True, True), (False, False)])
+def test_a_tree_mask_is_built_for_attention_that_reads_one(cuda, monkeypatch, mask, built):
+    """Triton's does; one that says nothing may."""
+    asked = []
+    worker = cuda_host.make_worker(monkeypatch)
+    monkeypatch.setattr(
+        cuda_host.eagle_worker_common, "build_eagle_verify_input", lambda *_, **more: asked.append(more) or "masked"
+    )
+    backend = worker._target_worker.model_runner.attn_backend
+    backend.verify_mask = None if mask is None else SimpleNamespace(is_read=mask)
+    batch = SimpleNamespace(seq_lens=torch.empty(7, dtype=torch.int64, device="cuda"))
+    chain = torch.empty(7, 4, dtype=torch.int64, device="cuda")
+    found = device.chain_verify_input(batch, worker._target_worker, chain)
+    if built:
+        assert found == "masked" and asked[0]["num_draft_tokens"] == 4
+    else:
+        assert found.custom_mask is None and found.positions.shape == (28,) and not asked
 
 
 # Kernels of ours between the graphs of a round.
