@@ -98,6 +98,8 @@ def test_servers_are_started_by_the_planner_s_line(setting):
     assert "--enable-multi-layer-eagle" in mtp and "--enable-multi-layer-eagle" not in off
     assert adaptive == (*mtp, "--speculative-adaptive")
     assert stock == mtp
+    flashinfer = servers.arguments(setting, "flashinfer")
+    assert flashinfer == (*mtp, "--attention-backend", "flashinfer") and "--attention-backend" not in mtp
     assert mtp[mtp.index("--context-length") + 1] == str(setting.context)
     assert servers.plan_for(setting, "mtp").best.concurrency(setting.context) >= 32
     setting.save("checkpoint", {"config": truncated.truncated(2, tiny=True)})
@@ -160,7 +162,8 @@ SWAKVPool mem usage: 0.23 GB, swa size: 20000, full size: 0
 def test_memory_is_compared_with_the_planner(setting):
     fields = setting.need("checkpoint")["config"]
     planned = servers.plan_for(setting, "mtp").best.pools
-    usage = {"token_capacity": 1_000_000, "token_capacity_swa": 20_000, "graph": {"decode": 0.5, "draft_extend": 0.25}}
+    graphs = {"prefill": 0.0, "decode": 0.5, "draft_extend": 0.25}
+    usage = {"token_capacity": 1_000_000, "token_capacity_swa": 20_000, "graph": graphs}
     found = {figure.name: figure for figure in memory.figures(usage, LOG, fields, planned)}
     # 4 layers of 288 x 3 + 3 matrices of 4096 x 1280, two vocabulary tables, dense layers and attention.
     assert found["weights, backbone"].planned == pytest.approx((4 * 9.09 + 2.11 + 1.9) * 1e9 / GIB, rel=0.02)
@@ -170,7 +173,7 @@ def test_memory_is_compared_with_the_planner(setting):
     assert found["KV, MTP layers"].planned == pytest.approx(20_001 * 3 * 4096 / GIB)
     assert found["KV, MTP layers"].ratio is None  # too small for the log's digits
     assert found["full slots"].planned == planned.full_tokens
-    assert found["graphs"].taken == 0.75
+    assert (found["graphs, decode"].taken, found["graphs, draft_extend"].taken) == (0.5, 0.25)
     silent = memory.figures(usage, "", fields, None)
     assert [figure.taken for figure in silent[:4]] == [None] * 4
     assert "-" in silent[0].line
@@ -196,16 +199,20 @@ RESULTS = {
     "bench-stock": {"kind": "stock", "no_start": "KeyError: 'x'"},
     "accept": {"truncated": PART, "nano": PART, "right": True},
     "profile": {"rounds": [{"concurrency": 1, **ROUND}, {"concurrency": 8, **ROUND}]},
+    "profile-adaptive": {"rounds": [{"concurrency": 8, "width": 2, **ROUND}], "captured": {"1": 0.2, "2": 0.3}},
     "memory": {"figures": [{"name": "graphs", "taken": None, "planned": None, "unit": "GiB"}], "far": []},
 }
 
 
 def test_report_names_what_did_not_run():
     text = report.text(RESULTS)
-    assert text.endswith("not run: tests-flashinfer, tests-fa3, tests-triton, tests-server, bench-adaptive")
+    absent = "tests-flashinfer, tests-fa3, tests-triton, tests-server, bench-adaptive, bench-flashinfer"
+    assert text.endswith(f"not run: {absent}")
     assert "2030-01-02: NVIDIA H100 80GB HBM3, 81559 MiB, driver 570.1" in text
     assert "bench-stock: does not start: KeyError: 'x'" in text
     assert "  8 requests, 9 rounds (gpu): round 4.000 ms  verify 2.500" in text
+    assert "  8 requests, 2 tokens verified, 9 rounds (gpu): round 4.000 ms" in text
+    assert "verify graphs, GB: 1 tokens 0.2, 2 tokens 0.3" in text
     assert " 1.80 " in text  # ratio of mtp to off
     assert report.text({}).strip() == f"not run: {', '.join(report.STEPS)}"
 

@@ -2,12 +2,16 @@
 
 import gzip
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from scripts.gpu_check import profile
+from scripts.gpu_check.options import Setting
 from scripts.gpu_check.trace import Breakdown, NoRounds, breakdown, read
-from sglang_step35.speculative.spans import MTP, PREFILL, ROUND, VERIFY, spanned
+from sglang_step35.speculative.spans import MTP, PREFILL, ROUND, VERIFY, WIDTH, spanned
 from tests.support.worker_host import Host, make_worker
 
 
@@ -37,6 +41,41 @@ def test_a_prefill_between_rounds_is_no_gap():
     events = [*host_round(0), *host_round(150), span(PREFILL, 260, 500), *host_round(800), *host_round(950)]
     assert breakdown(events).round == 0.15
     assert breakdown(events).rounds == 2
+
+
+def test_rounds_are_told_apart_by_the_tokens_they_verify():
+    events = [event for start in (0, 150, 300, 600) for event in host_round(start)]
+    events += [span(f"{WIDTH}4", 9, 32), span(f"{WIDTH}1", 159, 32), span(f"{WIDTH}1", 309, 32)]
+    assert breakdown(events, width=4).round == 0.15
+    assert (breakdown(events, width=1).rounds, breakdown(events, width=1).round) == (2, 0.225)
+    with pytest.raises(NoRounds, match="4 rounds in the trace, none that verifies 2 tokens"):
+        breakdown(events, width=2)
+
+
+def test_each_width_is_traced_by_requests_that_allow_so_many_drafts(tmp_path, monkeypatch):
+    """The controller may draft fewer in some rounds, which do not count."""
+    log = tmp_path / "server.log"
+    log.write_text("Verify graphs of 1 tokens: 0.21 GB\nNo verify graphs of 2 tokens: 0.21 GB expected\n")
+
+    def traced(server, setting, concurrency, folder, custom_params):
+        width = custom_params["speculative_depth"] + 1
+        rounds = [(0, 1), (150, width), (350, width), (600, width)]
+        events = [event for start, _ in rounds for event in host_round(start)]
+        events += [span(f"{WIDTH}{wide}", start + 9, 32) for start, wide in rounds]
+        file = tmp_path / f"{width}.trace.json"
+        file.write_text(json.dumps({"traceEvents": events}))
+        return file
+
+    kinds = []
+    server = lambda setting, kind: kinds.append(kind) or nullcontext(SimpleNamespace(log=log))
+    monkeypatch.setattr(profile, "served_kind", server)
+    monkeypatch.setattr(profile, "traced", traced)
+    found = profile.run_adaptive(Setting(tmp_path))
+    assert kinds == ["adaptive"] and found["captured"] == {"1": 0.21}
+    assert [(row["concurrency"], row["width"], row["rounds"]) for row in found["rounds"]] == [
+        (8, 1, 3), (8, 2, 2), (8, 3, 2), (8, 4, 2)
+    ]  # fmt: skip
+    assert found["rounds"][3]["round"] == 0.225
 
 
 def gpu_round(number: int, start: float, late: float) -> list[dict]:
@@ -106,7 +145,10 @@ def test_spans_of_the_worker(tmp_path, monkeypatch):
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = read(tmp_path / "trace.json")
     names = [event["name"] for event in sorted(events, key=lambda event: event.get("ts", 0))]
-    assert [name for name in names if name.startswith("step35.")] == [PREFILL, MTP, *[ROUND, VERIFY, MTP] * 4]
-    found = breakdown(events)
+    assert [name for name in names if name.startswith("step35.")] == [
+        PREFILL, MTP, *[ROUND, f"{WIDTH}4", VERIFY, MTP] * 4
+    ]  # fmt: skip
+    assert breakdown(events, width=4) == (found := breakdown(events))
     assert found.rounds == 3
-    assert min(found.verify, found.mtp) > 0 and found.verify + found.mtp <= found.host <= found.round
+    # Medians of their own: each part is within the host's time, their sum need not be.
+    assert min(found.verify, found.mtp) > 0 and max(found.verify, found.mtp) <= found.host <= found.round

@@ -93,11 +93,14 @@ def test_a_replayed_batch_has_what_attention_plans_read(ours, module, name):
 
 
 def faked_batch(ours: ast.ClassDef) -> set[str]:
-    """The fields of the batch that `MTPGraphRunner.begin` makes up."""
-    [begin] = (node for node in ours.body if getattr(node, "name", "") == "begin")
-    calls = (node for node in ast.walk(begin) if isinstance(node, ast.Call))
+    """The fields of the batch that `MTPGraphRunner._replayed_batch` makes up, and those SGLang's plan then sets."""
+    [make] = (node for node in ours.body if getattr(node, "name", "") == "_replayed_batch")
+    calls = (node for node in ast.walk(make) if isinstance(node, ast.Call))
     [fake] = (call for call in calls if ast.unparse(call.func) == "SimpleNamespace")
-    return {keyword.arg for keyword in fake.keywords}
+    plan = class_node("sglang.srt.mem_cache.kv_loc_plan", "KVLocPlan")
+    [bind] = (node for node in plan.body if getattr(node, "name", "") == "bind")
+    targets = (target for node in ast.walk(bind) if isinstance(node, ast.Assign) for target in node.targets)
+    return {keyword.arg for keyword in fake.keywords} | {target.attr for target in targets}
 
 
 def test_faked_batches_have_no_field_of_their_own(ours):

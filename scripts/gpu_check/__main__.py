@@ -24,9 +24,11 @@ STEPS = {
     "bench-off": "accept length and tokens per second: this package without speculation",
     "bench-mtp": "the same with three MTP layers",
     "bench-adaptive": "the same with adaptive draft depth",
+    "bench-flashinfer": "the same with fixed depth on FlashInfer attention, where SGLang picks another by itself",
     "bench-stock": "the same with SGLang alone, where it starts",
     "accept": "greedy output and accepted drafts against offline loops",
     "profile": "time of a round: verify, MTP layers, gaps",
+    "profile-adaptive": "the same by the tokens a round verifies, with adaptive draft depth",
     "memory": "what a server takes against the planner",
     "report": "one table, one JSON line, one picture of all steps that ran",
 }
@@ -50,6 +52,10 @@ def run_step(name: str, setting: Setting) -> dict:
         from scripts.gpu_check import bench
 
         return bench.run(setting, name.removeprefix("bench-"))
+    if name == "profile-adaptive":
+        from scripts.gpu_check import profile
+
+        return profile.run_adaptive(setting)
     from importlib import import_module
 
     module = "truncated" if name == "checkpoint" else name

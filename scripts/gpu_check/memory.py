@@ -50,6 +50,7 @@ def figures(usage: dict, log: str, fields: dict, planned: PoolSizes | None) -> l
     full, sliding = usage["token_capacity"], usage.get("token_capacity_swa") or usage["token_capacity"]
     pools, weights = sized(kv_layout(spec), full, swa_ratio=sliding / full), device_weights(spec)
     taken = [_pair(pattern, log) for pattern in (WEIGHTS, POOLS)]
+    graphs = {phase: size for phase, size in (usage.get("graph") or {}).items() if size}
     return [
         Figure("weights, backbone", taken[0][0], weights.backbone / GIB, "GiB"),
         Figure("weights, MTP layers", taken[0][1], weights.mtp / GIB, "GiB"),
@@ -57,7 +58,7 @@ def figures(usage: dict, log: str, fields: dict, planned: PoolSizes | None) -> l
         Figure("KV, MTP layers", taken[1][1], pools.mtp_bytes / GIB, "GiB"),
         Figure("full slots", full, planned and planned.full_tokens, "tokens"),
         Figure("sliding slots", sliding, planned and planned.sliding_tokens, "tokens"),
-        Figure("graphs", sum((usage.get("graph") or {}).values()), None, "GiB"),
+        *(Figure(f"graphs, {phase}", size, None, "GiB") for phase, size in graphs.items()),
     ]
 
 

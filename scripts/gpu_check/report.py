@@ -9,8 +9,9 @@ from scripts.gpu_check.suite import PARTS
 from sglang_step35.bench.stats import Run, run_from_json
 from sglang_step35.bench.table import table
 
-BENCHES = ("bench-off", "bench-mtp", "bench-adaptive", "bench-stock")  # ratios are to the first
-STEPS = ("machine", *PARTS, "checkpoint", *BENCHES, "accept", "profile", "memory")
+BENCHES = ("bench-off", "bench-mtp", "bench-adaptive", "bench-flashinfer", "bench-stock")  # ratios are to the first
+PROFILES = ("profile", "profile-adaptive")
+STEPS = ("machine", *PARTS, "checkpoint", *BENCHES, "accept", *PROFILES, "memory")
 PARTS_OF_ROUND = ("verify", "mtp", "other", "gap")
 
 Results = dict[str, Any]  # step -> what it saved; steps that did not run are absent
@@ -30,7 +31,9 @@ def text(results: Results) -> str:
         for name in ("truncated", "nano"):
             part = accept[name]
             lines.append(f"accept length, {name}: {part['accept_length']}, offline loop {part['offline']}")
-    lines += [f"round, {line(row)}" for row in results.get("profile", {}).get("rounds", ())]
+    lines += [f"round, {line(row)}" for row in _rounds(results)]
+    if captured := results.get("profile-adaptive", {}).get("captured"):
+        lines.append("verify graphs, GB: " + ", ".join(f"{width} tokens {taken}" for width, taken in captured.items()))
     for figure in results.get("memory", {}).get("figures", ()):
         planned = "" if figure["planned"] is None else f", planned {figure['planned']:.2f}"
         taken = "-" if figure["taken"] is None else f"{figure['taken']:.2f}"
@@ -38,6 +41,10 @@ def text(results: Results) -> str:
     if absent := [name for name in STEPS if name not in results]:
         lines += ["", f"not run: {', '.join(absent)}"]
     return "\n".join(line for line in lines if line is not None)
+
+
+def _rounds(results: Results) -> list[dict]:
+    return [row for name in PROFILES for row in results.get(name, {}).get("rounds", ())]
 
 
 def _machine(results: Results) -> str | None:
@@ -69,7 +76,7 @@ def summary(results: Results) -> dict:
         for run in runs_of(results)
         for cell in run.cells
     ]
-    kept = {name: results[name] for name in (*PARTS, "accept", "profile", "memory") if name in results}
+    kept = {name: results[name] for name in (*PARTS, "accept", *PROFILES, "memory") if name in results}
     machine, checkpoint = results.get("machine", {}), results.get("checkpoint", {})
     return {
         "bench": "gpu_check",
@@ -88,7 +95,7 @@ def picture(results: Results) -> bytes | None:
 
     from sglang_step35.bench import plots
 
-    rounds = results.get("profile", {}).get("rounds", ())
+    rounds = _rounds(results)
     if not (runs := runs_of(results)):
         return None
     if not rounds:
@@ -103,12 +110,12 @@ def picture(results: Results) -> bytes | None:
     bottoms = [0.0] * len(rounds)
     for i, name in enumerate(PARTS_OF_ROUND):
         values = [row[name] for row in rounds]
-        places = [str(row["concurrency"]) for row in rounds]
+        places = [f"{row['concurrency']}" + (f"\n{row['width']}" if "width" in row else "") for row in rounds]
         right.bar(places, values, bottom=bottoms, label=name, color=plots.COLORS[i])
         bottoms = [a + b for a, b in zip(bottoms, values, strict=True)]
     right.set_title(f"a round with MTP, ms ({rounds[0]['source']})", fontsize=10)
-    right.set_xlabel("concurrent requests", fontsize=8)
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncol=2, fontsize=8, frameon=False)
+    right.set_xlabel("concurrent requests; below them tokens verified, where adaptive", fontsize=8)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=2, fontsize=8, frameon=False)
     right.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")

@@ -17,8 +17,10 @@ KINDS = {
     "mtp": "this package, three MTP layers",
     "off": "this package, no speculation",
     "adaptive": "this package, adaptive draft depth",
+    "flashinfer": "this package, three MTP layers, FlashInfer attention",
     "stock": "SGLang without this package, multi-layer EAGLE",
 }
+MORE = {"adaptive": ("--speculative-adaptive",), "flashinfer": ("--attention-backend", "flashinfer")}
 # SGLang loads the plug-ins this names; one that does not exist leaves stock code alone.
 NO_PLUGINS = {"SGLANG_PLUGINS": "none"}
 ERROR = re.compile(r"\b\w*(?:Error|Exception|SystemExit)\b: ?(.*)")
@@ -41,8 +43,7 @@ def arguments(setting: Setting, kind: str) -> tuple[str, ...]:
         base += MTP_ARGS if kind != "off" else ()
     else:
         base = tuple(serve_arguments(plan_for(setting, kind), path)[1:])
-    adaptive = ("--speculative-adaptive",) if kind == "adaptive" else ()
-    return (*base, "--dtype", "bfloat16", "--enable-metrics", "--enable-cache-report", *adaptive)
+    return (*base, "--dtype", "bfloat16", "--enable-metrics", "--enable-cache-report", *MORE.get(kind, ()))
 
 
 @contextmanager

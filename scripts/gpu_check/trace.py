@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from sglang_step35.speculative.spans import MTP, PREFILL, ROUND, VERIFY
+from sglang_step35.speculative.spans import MTP, PREFILL, ROUND, VERIFY, WIDTH
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -50,15 +50,19 @@ def read(path: Path) -> list[dict]:
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
 
 
-def breakdown(events: Iterable[dict]) -> Breakdown:
-    """Raises NoRounds."""
+def breakdown(events: Iterable[dict], width: int | None = None) -> Breakdown:
+    """width: only rounds whose verify step has so many tokens. Raises NoRounds."""
     events = [event for event in events if event.get("ph") == "X"]
     spans = {name: _spans(events, name) for name in (ROUND, PREFILL, VERIFY, MTP)}
     kernels = [event for event in events if event.get("cat") in KERNELS]
     rounds = spans[ROUND]
     pairs = [(a, b) for a, b in pairwise(rounds) if not _inside(spans[PREFILL], (a[0], b[0]))]
+    if width is not None:
+        verified = _spans(events, f"{WIDTH}{width}")
+        pairs = [pair for pair in pairs if _inside(verified, pair[0])]
     if not pairs:
-        raise NoRounds(f"{len(rounds)} rounds in the trace, none directly behind another")
+        what = "" if width is None else f" that verifies {width} tokens"
+        raise NoRounds(f"{len(rounds)} rounds in the trace, none{what} directly before another")
     rows = _gpu_rows(events, kernels, spans, pairs) if kernels else [_cpu_row(spans, *pair) for pair in pairs]
     if not rows:
         raise NoRounds("no kernel belongs to a round: the profiler recorded no launches")

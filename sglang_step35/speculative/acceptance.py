@@ -58,7 +58,7 @@ def accept_sampled(
         residual = (final - removed).clamp(min=0)
         usable = rejected & (residual.sum(-1) > 0)
         final = torch.where(usable[:, None], residual, final)
-    tokens = torch.cat([drafts, drafts.new_zeros(len(drafts), 1)], dim=1)
+    tokens = torch.cat([index.squeeze(-1), index.new_zeros(len(index), 1)], dim=1)
     tokens = tokens.scatter(1, kept[:, None], inverse_cdf(final, final_coin)[:, None])
     return tokens, kept + 1
 

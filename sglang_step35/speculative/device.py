@@ -1,12 +1,19 @@
 """The operations of the worker that differ between the portable platform and CUDA."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from sglang.srt.platforms import current_platform
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
 
 from sglang_step35.speculative.pass_input import MTPPassInput
+from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.window import WindowReader
+
+if TYPE_CHECKING:
+    from sglang_step35.speculative.verify_graphs import NarrowSteps
 
 
 def attach_draft_attention(runner) -> None:
@@ -40,11 +47,29 @@ def writes_kv_alone(runner) -> bool:
     return hasattr(runner.attn_backend, "write_kv")
 
 
-def capture_graphs(runner, settings: MTPSettings):
+def capture_graphs(runner, settings: MTPSettings, reader: WindowReader):
     """Graphs of the pass of the MTP layers behind a verify step; None where SGLang captures none."""
-    if current_platform.is_out_of_tree():
-        return None
     from sglang.srt.environ import envs
+
+    if not _captures_decode_graphs() or envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get():
+        return None
+    from sglang_step35.speculative.graphs import MTPGraphRunner
+
+    return MTPGraphRunner(runner, settings, reader)
+
+
+def capture_narrow_steps(narrow: "NarrowSteps", settings: MTPSettings, ranks: Ranks) -> None:
+    """Graphs of the verify steps that adaptive depth makes narrower than the full width, where that one has any."""
+    if not settings.adaptive or not _captures_decode_graphs():
+        return
+    if narrow.runner.decode_cuda_graph_runner is not None:  # there is none on a server for prefills alone
+        narrow.capture(settings.narrow_widths, ranks)
+
+
+def _captures_decode_graphs() -> bool:
+    """Whether SGLang captures decode graphs, and of batches as the worker sees them."""
+    if current_platform.is_out_of_tree():
+        return False
     from sglang.srt.model_executor.cuda_graph_config import (
         Backend,
         Phase,
@@ -52,15 +77,7 @@ def capture_graphs(runner, settings: MTPSettings):
     )
     from sglang.srt.utils import require_gathered_buffer
 
-    from sglang_step35.speculative.graphs import MTPGraphRunner
-
-    if (
-        check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
-        or envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get()
-        or require_gathered_buffer()
-    ):
-        return None
-    return MTPGraphRunner(runner, settings)
+    return not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED) and not require_gathered_buffer()
 
 
 def host_reads_are_free(device: torch.device) -> bool:
@@ -68,14 +85,18 @@ def host_reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def verify_width(offered: list[int], widest: int, device: torch.device) -> int:
-    """Chain tokens of a verify step for offered[b] drafts of each request.
+def verify_width(needed: int, narrow: "NarrowSteps", device: torch.device) -> int:
+    """Chain tokens of a verify step that needs `needed`: on CUDA as many as some captured graph has."""
+    return needed if host_reads_are_free(device) else narrow.width(needed)
 
-    On CUDA the window keeps its full width, which the captured graphs need.
+
+def window_width(verified: int, widest: int, device: torch.device) -> int:
+    """Positions behind the committed length that a round remembers and its MTP pass ends with.
+
+    On CUDA those of the full width however many were verified, so that the pass replays its graphs: rows past them are
+    as worthless as those of rejected drafts.
     """
-    if host_reads_are_free(device):
-        return 1 + max(offered, default=widest - 1)
-    return widest
+    return verified if host_reads_are_free(device) else widest
 
 
 def pass_rows(needed: int, captured: int, device: torch.device) -> int:
@@ -91,12 +112,19 @@ def chain_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:
 
     chain: [B, n] int64, the bonus token and n - 1 drafts (any valid id where none was drafted).
     """
-    if current_platform.is_out_of_tree():
-        return _portable_verify_input(batch, chain)
-    return _cuda_verify_input(batch, target_worker, chain)
+    if current_platform.is_out_of_tree() or _needs_no_mask(target_worker.model_runner.attn_backend):
+        return _causal_verify_input(batch, chain)
+    return _masked_verify_input(batch, target_worker, chain)
 
 
-def _portable_verify_input(batch, chain: Tensor) -> EagleVerifyInput:
+def _needs_no_mask(backend) -> bool:
+    """Whether a backend says that its verify step reads no mask of the tree: fa3's and ours on FlashInfer, not
+    Triton's."""
+    mask = backend.verify_mask
+    return mask is not None and not mask.is_read
+
+
+def _causal_verify_input(batch, chain: Tensor) -> EagleVerifyInput:
     """A chain needs no tree: attention is causal over the window, so no mask is built."""
     width = chain.shape[1]
     positions = batch.seq_lens[:, None] + torch.arange(width, device=chain.device)
@@ -117,7 +145,7 @@ def _portable_verify_input(batch, chain: Tensor) -> EagleVerifyInput:
     )
 
 
-def _cuda_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:
+def _masked_verify_input(batch, target_worker, chain: Tensor) -> EagleVerifyInput:
     """SGLang's CUDA kernels build the mask its attention backends read."""
     from sglang.srt.speculative.eagle_info import EagleDraftInput
     from sglang.srt.speculative.eagle_utils import default_tree_mask_mode

@@ -36,6 +36,7 @@ from sglang_step35.speculative.device import (
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.spans import MTP, spanned
+from sglang_step35.speculative.window import RoundWindow, WindowReader
 
 if TYPE_CHECKING:
     from sglang_step35.speculative.graphs import CapturedPass
@@ -100,6 +101,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         self.draft_runner = self.draft_worker.model_runner
         self.model = self.draft_runner.model
         self.graphs = None
+        self.reader: WindowReader | None = None  # of the rounds' state, once there is one
         # Before the KV pools are sized: heads that differ from the backbone's take memory here.
         self.model.share_with(target_worker.model_runner.model)
 
@@ -117,7 +119,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             super().init_cuda_graphs()
 
     def _capture_cuda_graphs(self) -> None:
-        self.graphs = capture_graphs(self.draft_runner, MTPSettings.from_spec(get_spec()))
+        self.graphs = capture_graphs(self.draft_runner, MTPSettings.from_spec(get_spec()), self.reader)
 
     def draft(self) -> None:
         """Unused: drafts come out of the pass that extends the MTP layers' KV."""
@@ -152,22 +154,27 @@ class MTPDraftWorker(EagleDraftWorkerBase):
 
     @spanned(MTP)
     @torch.inference_mode()
-    def run(self, batch, rows: MTPPassInput, hidden: Tensor, depth: int, sampler) -> int:
-        """Run the first `depth` MTP layers over the rows behind a verify step: write their KV and choose their drafts.
+    def run(self, batch, window: RoundWindow, depth: int, sampler) -> int:
+        """Take in what was verified and run the first `depth` MTP layers over the window: write their KV and choose
+        their drafts.
 
-        hidden: [R, H], the backbone's hidden states before the final norm. sampler: called with
-        (layer, logits [B, V]), returns the layer's drafts [B] int64.
+        sampler: called with (layer, logits [B, V]), returns the layer's drafts [B] int64.
         Returns the number of layers that ran: fewer when the sampler stops the pass.
         """
         if batch.forward_mode.is_target_verify():
             batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
-        captured = self.graphs is not None and self.graphs.serves(batch.forward_mode, rows)
-        with (self._captured_pass if captured else self._eager_pass)(batch, rows, hidden) as layers:
+        with self._pass(batch, window) as layers:
             for layer in range(depth):
                 layers.put(layer, sampler(layer, layers.logits(layer)))
                 if sampler.done:
                     return layer + 1
         return depth
+
+    def _pass(self, batch, window: RoundWindow):
+        if self.graphs is not None and self.graphs.serves(batch.forward_mode, window):
+            return self._captured_pass(window)
+        window.reader.remember(window.verified)
+        return self._eager_pass(batch, *window.rows())
 
     @contextmanager
     def _eager_pass(self, batch, rows: MTPPassInput, hidden: Tensor) -> Iterator[EagerPass]:
@@ -178,10 +185,10 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             yield EagerPass(self.draft_runner, forward_batch, rows, hidden)
 
     @contextmanager
-    def _captured_pass(self, batch, rows: MTPPassInput, hidden: Tensor) -> "Iterator[CapturedPass]":
-        forward_batch = self._forward_batch(batch, rows, hidden)
-        with self._draft_scope(), self._forward_scope(forward_batch):
-            yield self.graphs.begin(forward_batch, rows, hidden)
+    def _captured_pass(self, window: RoundWindow) -> "Iterator[CapturedPass]":
+        context = ForwardContext(attn_backend=self.draft_runner.attn_backend)
+        with self._draft_scope(), forward_context(context):
+            yield self.graphs.begin(window)
 
     def _forward_batch(self, batch, rows: MTPPassInput, hidden: Tensor) -> ForwardBatch:
         """SGLang's description of the pass; mutates `batch`, which the scheduler rolls back."""
@@ -192,18 +199,14 @@ class MTPDraftWorker(EagleDraftWorkerBase):
             num_tokens_for_logprob_per_req=1,
         )
         counts, ends = rows.row_counts, rows.ends_cpu
+        assert ends is not None
         batch.input_ids = rows.line[rows.base]
         batch.out_cache_loc = rows.slots
         batch.extend_num_tokens = len(rows.positions)
         batch.seq_lens, batch.seq_lens_cpu = rows.ends, ends
-        if ends is None:
-            batch.extend_lens = torch.full_like(rows.ends, counts[0], dtype=torch.int32)
-            batch.prefix_lens = (rows.ends - counts[0]).clamp(min=0).int()
-            batch.seq_lens_sum = None
-        else:
-            batch.extend_lens = counts
-            batch.prefix_lens = [max(0, end - n) for end, n in zip(ends.tolist(), counts, strict=True)]
-            batch.seq_lens_sum = int(ends.sum())
+        batch.extend_lens = counts
+        batch.prefix_lens = [max(0, end - n) for end, n in zip(ends.tolist(), counts, strict=True)]
+        batch.seq_lens_sum = int(ends.sum())
         return ForwardBatch.init_new(
             batch,
             self.draft_runner,

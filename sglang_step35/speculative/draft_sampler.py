@@ -39,7 +39,9 @@ class DraftSampler:
         self.num_steps = num_steps
         self.sampled = not sampling_info.is_all_greedy
         self.rule = SamplingRule.from_info(sampling_info) if self.sampled else None
-        self.positions = positions.long()[:, None]
+        if self.rule is not None:
+            streams = torch.arange(_FIRST_DRAFT_STREAM, _FIRST_DRAFT_STREAM + num_steps, device=positions.device)
+            self.coins = self.rule.coins(positions.long()[:, None], streams)  # [B, S]
         self.stop_rule = stop_rule
         self.drafts: list[Tensor] = []
         self.probs: list[Tensor] = []
@@ -49,8 +51,7 @@ class DraftSampler:
         """Drafts [B] int64 from logits [B, V]."""
         if self.sampled:
             proposal = self.rule.distribution(logits[:, None]).squeeze(1)
-            coin = self.rule.coins(self.positions, _FIRST_DRAFT_STREAM + layer).squeeze(1)
-            draft = self.ranks.same(inverse_cdf(proposal, coin))
+            draft = self.ranks.same(inverse_cdf(proposal, self.coins[:, layer]))
             self.probs.append(proposal)
         else:
             draft = logits.argmax(-1)
@@ -75,7 +76,7 @@ class DraftSampler:
             drafts.append(torch.full_like(bonus, NO_DRAFT, dtype=torch.int64))
         drafts = torch.stack(drafts, dim=1)
         return EagleDraftInput(
-            topk_p=torch.zeros(drafts.shape, device=drafts.device),  # relayed, never read
+            topk_p=torch.empty(drafts.shape, device=drafts.device),  # relayed, never read
             topk_index=drafts,
             bonus_tokens=bonus,
             num_tokens_per_req=1,

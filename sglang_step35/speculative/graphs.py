@@ -2,7 +2,8 @@
 
 SGLang's multi-layer runner has a model, a KV pool and a sampler in every layer's graph. Here each layer
 of one model is a graph, and choosing drafts, which depends on what the requests ask, stays between
-the graphs. Letters: B requests, V vocabulary.
+the graphs. In front of them one graph goes from what was verified to the rows of the pass. Letters: B requests, V
+vocabulary.
 """
 
 from functools import partial
@@ -26,9 +27,9 @@ from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backen
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 from torch import Tensor
 
-from sglang_step35.speculative.pass_buffers import PassBuffers
-from sglang_step35.speculative.pass_input import MTPPassInput
+from sglang_step35.speculative.pass_buffers import PassBuffers, VerifiedBuffers
 from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.window import RoundWindow, WindowReader
 
 
 class MTPGraphRunner(DecodeCudaGraphRunner):
@@ -38,7 +39,7 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
     Serves passes of the settings' `pass_rows` rows per request, which all are unless rounds skip layers.
     """
 
-    def __init__(self, runner, settings: MTPSettings):
+    def __init__(self, runner, settings: MTPSettings, reader: WindowReader):
         self.model_runner = runner
         self.model = runner.model
         self.attn_backend = runner.attn_backend
@@ -53,14 +54,10 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         self.attn_backend.init_cuda_graph_state(self.max_bs, self.max_bs * width)
         # A window of all its rows, so that even a dummy request has keys for each.
         self.seq_len_fill_value = width
-        self.buffers = PassBuffers.allocate(
-            self.max_bs,
-            width,
-            self.num_layers,
-            runner.model_config.hidden_size,
-            runner.dtype,
-            self.device,
-        )
+        self.reader = reader
+        hidden = (runner.model_config.hidden_size, runner.dtype, self.device)
+        self.verified = VerifiedBuffers(self.max_bs, settings, *hidden)
+        self.buffers = PassBuffers.allocate(self.max_bs, width, self.num_layers, *hidden)
         self.reads_end_early = _reads_end_with_the_first_layer(self.attn_backend)
         self.backend = resolve_decode_backend(self)
         with model_capture_mode():
@@ -78,24 +75,35 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         """The target's runner has warmed up the kernels."""
 
     def capture_one_shape(self, size: int, forward, *_variant) -> None:
-        """Capture every layer for batches of `size` requests."""
+        """Capture the rows and every layer for batches of `size` requests."""
+        self.verified.pad(size)
+        self.backend.capture_one(_key(size, "rows"), partial(self._find_rows, size))
         batch = self._static_batch(size)
         after_warmup = getattr(self.attn_backend, "on_after_cuda_graph_warmup", None)
         with forward_context(ForwardContext(attn_backend=self.attn_backend), forward_batch=batch):
             self.attn_backend.init_forward_metadata_out_graph(batch, in_capture=True)
             for layer in range(self.num_layers):
                 self.backend.capture_one(
-                    _key(size, layer),
+                    _key(size, f"mtp{layer}"),
                     partial(self._run_layer, layer, batch),
                     post_warmup_hook=after_warmup,
                 )
+
+    def _find_rows(self, size: int) -> None:
+        """From the verified tokens to the pass's buffers: what a graph records."""
+        verified = self.verified.first(size)
+        self.reader.remember(verified)
+        rows, hidden = self.reader.rows(verified, verified.tokens.shape[1], self.captured_req_width)
+        self.buffers.load(rows, hidden, verified.requests)
 
     def _run_layer(self, layer: int, batch: ForwardBatch) -> Tensor:
         """Logits [B, V]: what a graph records. Reads and writes nothing but buffers."""
         if layer == 0:
             self.attn_backend.init_forward_metadata_in_graph(batch)
         views = self.buffers.first(batch.batch_size)
-        tokens = self.buffers.line[views.base + layer]
+        if layer > 0:
+            views.line[views.draft_at + layer - 1] = views.drafts[:, layer - 1]
+        tokens = views.line[views.base + layer]
         # Views are new objects for every layer: no graph uses what another one looked up.
         out = self.model.forward_layer(layer, tokens, views.positions, views.hidden_states, batch)
         views.hidden_states.copy_(out)
@@ -138,43 +146,52 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
         spec_info.extend_seq_lens_tensor = views.extend_seq_lens
         return spec_info
 
-    def serves(self, mode: ForwardMode, rows: MTPPassInput) -> bool:
-        """Whether a pass over these rows was captured: those behind a verify step, not a prefill's.
+    def serves(self, mode: ForwardMode, window: RoundWindow) -> bool:
+        """Whether the pass over this window was captured: one behind a verify step, not a prefill's.
 
         Rows before position 0, which the first round of a one-token prompt has, need a mask of FlashInfer that no
         graph holds. Where the host does not know the lengths, attention (fa3) needs none.
         """
-        width = self.captured_req_width
-        fits = len(rows.row_counts) <= self.max_bs and all(count == width for count in rows.row_counts)
-        starts_early = rows.ends_cpu is not None and bool((rows.ends_cpu < width).any())
+        ends = window.ends_cpu
+        fits = len(window.verified.requests) <= self.max_bs and window.num_rows == self.captured_req_width
+        starts_early = ends is not None and bool((ends < window.num_rows).any())
         return mode.is_draft_extend_v2() and fits and not starts_early
 
-    def begin(self, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor) -> "CapturedPass":
-        """Load a pass and plan its attention."""
-        size = self._pad_to_bucket(len(rows.row_counts), self.capture_bs)
-        self.buffers.load(rows, hidden, forward_batch.req_pool_indices, size)
-        views = self.buffers.first(size)
-        ends = None if rows.ends_cpu is None else views.seq_lens_cpu
+    def begin(self, window: RoundWindow) -> "CapturedPass":
+        """Load what was verified, find the rows and plan their attention."""
+        count = len(window.verified.requests)
+        size = self._pad_to_bucket(count, self.capture_bs)
+        self.verified.load(window.verified, size)
+        with self.model_context():
+            self.backend.replay(_key(size, "rows"), None)
+        batch = self._replayed_batch(size, window.ends_cpu)
+        if not self.attn_backend.draft_extend_metadata_captured_in_graph():
+            self.attn_backend.init_forward_metadata_out_graph(batch)
+        return CapturedPass(self, batch, count)
+
+    def _replayed_batch(self, size: int, ends: Tensor | None) -> SimpleNamespace:
+        """What attention plans from: the buffers, and the lengths [B] where the host knows them."""
+        views, host = self.buffers.first(size), None
+        if ends is not None:
+            self.buffers.load_host(ends, size, self.seq_len_fill_value)
+            host = views.seq_lens_cpu
         batch = SimpleNamespace(
             batch_size=size,
             forward_mode=ForwardMode.DRAFT_EXTEND_V2,
             input_ids=views.base,
             req_pool_indices=views.req_pool_indices,
             seq_lens=views.seq_lens,
-            seq_lens_cpu=ends,
-            seq_lens_sum=None if ends is None else int(ends.sum()),
+            seq_lens_cpu=host,
+            seq_lens_sum=None if host is None else int(host.sum()),
             encoder_lens=None,
             extend_seq_lens=views.extend_seq_lens,
             out_cache_loc=views.out_cache_loc,
             mamba_track_indices=None,
-            out_cache_loc_virtual=forward_batch.out_cache_loc_virtual,
-            kv_loc_plan=forward_batch.kv_loc_plan,
-            kv_loc_cols=forward_batch.kv_loc_cols,
             spec_info=self._spec_info(views),
         )
-        if not self.attn_backend.draft_extend_metadata_captured_in_graph():
-            self.attn_backend.init_forward_metadata_out_graph(batch)
-        return CapturedPass(self, batch, rows.draft_at)
+        translator = self.model_runner.kv_index_translator
+        translator.own_plan(batch).bind_replay(batch, translator, slots=views.out_cache_loc)
+        return batch
 
     def publish_read_done(self) -> None:
         """From here on the scheduler may write to the request pool: its barrier need not wait for the whole pass."""
@@ -186,22 +203,23 @@ class MTPGraphRunner(DecodeCudaGraphRunner):
 class CapturedPass:
     """One pass by graphs; see `draft.EagerPass`."""
 
-    def __init__(self, graphs: MTPGraphRunner, batch: SimpleNamespace, draft_at: Tensor):
+    def __init__(self, graphs: MTPGraphRunner, batch: SimpleNamespace, count: int):
         self.graphs = graphs
         self.batch = batch
-        self.draft_at = draft_at
+        self.count = count
 
     def logits(self, layer: int) -> Tensor:
         """Run a layer; [B, V], valid until the next pass."""
         with self.graphs.model_context():
-            out = self.graphs.backend.replay(_key(self.batch.batch_size, layer), self.batch)
+            out = self.graphs.backend.replay(_key(self.batch.batch_size, f"mtp{layer}"), self.batch)
         if layer == 0 and self.graphs.reads_end_early:
             self.graphs.publish_read_done()
-        return out[: len(self.draft_at)]
+        return out[: self.count]
 
     def put(self, layer: int, drafts: Tensor) -> None:
         """Let the next layer read these drafts [B]."""
-        self.graphs.buffers.line[self.draft_at + layer] = drafts
+        if layer + 1 < self.graphs.num_layers:
+            self.graphs.buffers.drafts[: self.count, layer].copy_(drafts)
 
 
 def _fit_attention(backend, rows: int) -> None:
@@ -229,5 +247,5 @@ def _reads_end_with_the_first_layer(backend) -> bool:
     )
 
 
-def _key(size: int, layer: int) -> ShapeKey:
-    return ShapeKey(size=size, variant_label=f"mtp{layer}")
+def _key(size: int, part: str) -> ShapeKey:
+    return ShapeKey(size=size, variant_label=part)

@@ -49,15 +49,16 @@ class SamplingRule:
         one_hot = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(self.greedy[:, None, None], one_hot, probs)
 
-    def coins(self, positions: Tensor, stream: int) -> Tensor:
-        """Uniform numbers in [0, 1): one per entry of positions [B, N], float64.
+    def coins(self, positions: Tensor, streams: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1): one per entry of positions [B, N or 1] and streams [N], float64 [B, N].
 
         Seeded requests draw from (seed, position, stream) alone, so their output depends neither
-        on the batch nor on timing; `stream` separates draft, acceptance and final draws.
+        on the batch nor on timing; `streams` separate draft, acceptance and final draws.
         """
         if self.seeds is None:
-            return torch.rand(positions.shape, dtype=torch.float64, device=positions.device)
-        return hashed_uniform(self.seeds[:, None], positions, stream)
+            shape = torch.broadcast_shapes(positions.shape, streams.shape)
+            return torch.rand(shape, dtype=torch.float64, device=positions.device)
+        return hashed_uniform(self.seeds[:, None], positions, streams)
 
 
 def hashed_uniform(seeds: Tensor, positions: Tensor, stream: int | Tensor) -> Tensor:

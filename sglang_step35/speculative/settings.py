@@ -37,6 +37,11 @@ class MTPSettings:
         return self.num_steps + 1 + self.look_ups
 
     @property
+    def narrow_widths(self) -> range:
+        """Verify widths below the full one that rounds without look-ups need at the depths 0 .. S."""
+        return range(1, min(self.num_steps + 2, self.num_draft_tokens))
+
+    @property
     def pass_rows(self) -> int:
         """Rows of an MTP pass behind the widest verify step: its tokens, and the S - 1 positions before
         them whose KV the last layer recomputes with the true tokens."""

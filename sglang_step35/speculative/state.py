@@ -20,6 +20,8 @@ from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.lookup import LookUps
 from sglang_step35.speculative.settings import MTPSettings
 
+NEVER = 1 << 62  # a position no request reaches
+
 
 @dataclass(frozen=True)
 class RequestStore:
@@ -73,6 +75,7 @@ class RequestRings:
         self.tokens = torch.zeros(pool_size, capacity, dtype=torch.int64, device=device)
         # First position of which the ring (or its overwritten past) knew the hidden state.
         self.first_known = torch.zeros(pool_size, dtype=torch.int64, device=device)
+        self.first_known[:1] = NEVER  # index 0 belongs to nobody: SGLang pads captured batches with it
         # Host side: the request, its committed length and first_known at its last prefill; no length once it decodes.
         self._prefills: dict[int, tuple[str, int | None, int]] = {}
 
@@ -221,8 +224,13 @@ class DraftProbs:
         0 after a greedy pass and for steps without a draft: a greedy request's target is one-hot, which leaves nothing
         of q. Infinite where nothing is known, so that no draft is accepted and the target's own distribution stays.
         """
+        runs = self._runs(pool_idx)
+        whole = len(runs) == 1 and runs[0][3] == len(pool_idx) and 0 < steps <= len(runs[0][0])
+        if whole:  # as in most rounds: no more than the copies
+            probs, row, _, count = runs[0]
+            return torch.stack([distribution[row : row + count] for distribution in probs[:steps]], dim=1)
         out = torch.full((len(pool_idx), steps, self._vocab_size), torch.inf, device=self._device)
-        for probs, row, start, count in self._runs(pool_idx):
+        for probs, row, start, count in runs:
             out[start : start + count] = 0
             for step, distribution in enumerate(probs[:steps]):
                 out[start : start + count, step] = distribution[row : row + count]

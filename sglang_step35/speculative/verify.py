@@ -28,7 +28,7 @@ _ACCEPT_STREAM, _FINAL_STREAM = 0, 1
 
 @dataclass(frozen=True)
 class VerifyOutcome:
-    """tokens: [B, N] int64, entry j valid for j < accept_lens[b]; accept_lens: [B] int64.
+    """tokens: [B, N] int64, entry j true for j < accept_lens[b], some id elsewhere; accept_lens: [B] int64.
 
     hidden: [B * N, H], the backbone's hidden states before the final norm.
     """
@@ -90,14 +90,11 @@ class TargetVerifier:
         if info.is_all_greedy:
             return accept_greedy(drafts, logits.argmax(-1))
         rule = SamplingRule.from_info(info)
-        positions = batch.seq_lens.long()[:, None] + torch.arange(width, device=chain.device)
-        tokens, accept_lens = accept_sampled(
-            drafts,
-            rule.distribution(logits),
-            proposal,
-            rule.coins(positions[:, 1:], _ACCEPT_STREAM),
-            rule.coins(positions[:, :1], _FINAL_STREAM).squeeze(1),
-        )
+        columns = torch.arange(width, device=chain.device)
+        streams = torch.full_like(columns, _ACCEPT_STREAM)
+        streams[:1].fill_(_FINAL_STREAM)
+        coins = rule.coins(batch.seq_lens.long()[:, None] + columns, streams)
+        tokens, accept_lens = accept_sampled(drafts, rule.distribution(logits), proposal, coins[:, 1:], coins[:, 0])
         return self.ranks.same(tokens), self.ranks.same(accept_lens)
 
     def _adjusted(self, batch, logits: Tensor, chain: Tensor) -> Tensor:
@@ -141,20 +138,25 @@ def _result(
     batch, tokens: Tensor, accept_lens: Tensor, output, can_run_graph: bool, forward_batch
 ) -> GenerationBatchResult:
     """The scheduler's view of a round; next_draft_input is filled in after drafting."""
-    size, width = tokens.shape
-    columns = torch.arange(width, device=tokens.device)
-    flat = torch.arange(size, device=tokens.device)[:, None] * width + columns
-    accept_index = torch.where(columns < accept_lens[:, None], flat, -1).int()
-    predict = tokens.clamp(min=0).flatten().int()
+    predict = tokens.flatten().int()
+    accept_index = None
     if batch.return_logprob:
+        accept_index = _accepted_rows(accept_lens, tokens.shape[1])
         compute_spec_logprobs(batch, output.logits_output, predict, accept_index=accept_index)
     return GenerationBatchResult(
         logits_output=output.logits_output,
         next_token_ids=predict,
         can_run_cuda_graph=can_run_graph,
-        speculative_num_draft_tokens=width,
+        speculative_num_draft_tokens=tokens.shape[1],
         accept_lens=accept_lens.int(),
         accept_index=accept_index,
         new_seq_lens=batch.seq_lens + accept_lens,
         extra_keep_alive_refs=[forward_batch],
     )
+
+
+def _accepted_rows(accept_lens: Tensor, width: int) -> Tensor:
+    """[B, N] int32 flat rows of the accepted tokens, -1 past them."""
+    columns = torch.arange(width, device=accept_lens.device)
+    flat = torch.arange(len(accept_lens), device=accept_lens.device)[:, None] * width + columns
+    return torch.where(columns < accept_lens[:, None], flat, -1).int()

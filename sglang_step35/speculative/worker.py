@@ -18,21 +18,28 @@ from torch import Tensor
 from sglang_step35.hicache.layer_pools import check_plan, layer_pools
 from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
 from sglang_step35.speculative.depth import DepthPlanner, depth_limit
-from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
+from sglang_step35.speculative.device import (
+    capture_narrow_steps,
+    host_reads_are_free,
+    pass_rows,
+    verify_width,
+    window_width,
+)
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.metrics import DraftCounters
-from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.penalties import PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.round_cost import RoundCost
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
-from sglang_step35.speculative.spans import PREFILL, ROUND, spanned
+from sglang_step35.speculative.spans import PREFILL, ROUND, of_width, spanned
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
+from sglang_step35.speculative.verify_graphs import NarrowSteps
+from sglang_step35.speculative.window import RoundWindow, Verified, WindowReader
 
 
 class Step35SpecWorker(BaseSpecWorker):
@@ -57,6 +64,7 @@ class Step35SpecWorker(BaseSpecWorker):
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
         self.ranks = Ranks(get_parallel().tp_group)
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
+        self.narrow = NarrowSteps(target_worker.model_runner, self.settings.num_draft_tokens)
         self.draft_counters = None
         if server_args.enable_metrics and get_parallel().tp_rank == 0:
             name = server_args.served_model_name
@@ -94,6 +102,16 @@ class Step35SpecWorker(BaseSpecWorker):
         set_lag(req_to_token_pool, self.store.lag.of)
         self.depths = DepthPlanner(self.settings, self._bytes_by_depth, ranks=self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
+        self._draft_worker.reader = self._reader
+
+    @property
+    def _reader(self) -> WindowReader:
+        return WindowReader(self.store.rings, self.req_to_token_pool.req_to_token, self.settings.num_steps)
+
+    def init_cuda_graphs(self) -> None:
+        super().init_cuda_graphs()
+        capture_narrow_steps(self.narrow, self.settings, self.ranks)
+        self._additional_graph_memory_usage["target_verify"] = self.narrow.gigabytes
 
     def _bytes_by_depth(self, batch: int) -> list[float]:
         models = self._target_worker.model_runner.model, self._draft_worker.draft_runner.model
@@ -146,7 +164,7 @@ class Step35SpecWorker(BaseSpecWorker):
         drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
-        width = verify_width(offered, self.settings.num_draft_tokens, batch.seq_lens.device)
+        width = self._verify_width(offered, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
         proposal = None
@@ -155,18 +173,31 @@ class Step35SpecWorker(BaseSpecWorker):
             if offered != drafted:
                 propose_surely(proposal, chain[:, 1:], *to_device(drafted, device=chain.device))
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
-        outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
+        with self.narrow.serving(width), of_width(width):
+            outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)
-        self._remember_round(batch.req_pool_indices, seq_lens, outcome)
         self._count_accepted(batch, outcome)
-        sampler = self._draft(batch, pool_idx, seq_lens, seq_lens_cpu, outcome)
+        verified = Verified(
+            requests=batch.req_pool_indices,
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens_cpu,
+            accept_lens=outcome.accept_lens,
+            tokens=outcome.tokens,
+            hidden=outcome.hidden.unflatten(0, outcome.tokens.shape),
+        )
+        sampler = self._draft(batch, pool_idx, verified, outcome.result.new_seq_lens)
         last = (outcome.accept_lens - 1)[:, None]
         bonus = outcome.tokens.gather(1, last).squeeze(1)
         outcome.result.next_draft_input = sampler.draft_input(bonus)
         if self.settings.look_ups:
             self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result
+
+    def _verify_width(self, offered: list[int], device: torch.device) -> int:
+        """Chain tokens of a verify step for offered[b] drafts of each request."""
+        needed = 1 + max(offered, default=self.settings.num_draft_tokens - 1)
+        return verify_width(needed, self.narrow, device)
 
     def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
         """For each request, the MTP layers' drafts it verifies, all that it verifies, and these: [B, S] or [B, N - 1].
@@ -185,71 +216,42 @@ class Step35SpecWorker(BaseSpecWorker):
         chains = [chain[:count] for chain, count in zip(drafts.tolist(), drafted, strict=True)]
         may_go_on = zip(chains, limits, strict=True)
         found, tokens = self.store.texts.find(pool_idx, [c if limit >= longest else None for c, limit in may_go_on])
-        free = not host_reads_are_free(drafts.device)  # the window is as wide without them
+        more = [chain + added for chain, added in zip(chains, found, strict=True)]
+        widths = (self._verify_width(list(map(len, offer)), drafts.device) for offer in (chains, more))
+        free = len(set(widths)) == 1
         if any(found) and (free or self.depths.look_ups_pay(drafted, tokens)):
-            chains = [chain + more for chain, more in zip(chains, found, strict=True)]
+            chains = more
         rows = [chain + [NO_DRAFT] * (longest - len(chain)) for chain in chains]
         (flat,) = to_device([token for row in rows for token in row], device=drafts.device)
         return drafted, list(map(len, chains)), flat.view(-1, longest)
 
-    def _draft(
-        self, batch, pool_idx: list[int], seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome
-    ) -> DraftSampler:
-        """Bring the MTP layers up to the committed length and draft the next chain."""
-        steps, width = self.settings.num_steps, outcome.tokens.shape[1]
+    def _draft(self, batch, pool_idx: list[int], verified: Verified, positions: Tensor) -> DraftSampler:
+        """Bring the MTP layers up to the committed length, positions [B], and draft the next chain."""
+        steps, width, device = self.settings.num_steps, verified.tokens.shape[1], positions.device
         depth = self.depths.next_depth(len(pool_idx))
         if self.settings.adaptive:  # layers may lag
             depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
         full = self.store.lag.must_catch_up(pool_idx, width, self.settings.num_draft_tokens)
         if full:
             depth = steps
-        may_stop = depth > 1 and not full
-        sampler = self._sampler(batch, outcome.result.new_seq_lens, may_stop)
+        sampler = self._sampler(batch, positions, may_stop=depth > 1 and not full)
         ran = 0
         if depth:
-            needed = self.store.lag.rows_needed(pool_idx, width, depth)
-            num_rows = pass_rows(needed, self.settings.pass_rows, seq_lens.device)
-            rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
-            ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
+            window = window_width(width, self.settings.num_draft_tokens, device)
+            needed = self.store.lag.rows_needed(pool_idx, window, depth)
+            num_rows = pass_rows(needed, self.settings.pass_rows, device)
+            ran = self._draft_worker.run(batch, RoundWindow(self._reader, verified, window, num_rows), depth, sampler)
+        else:
+            self._reader.remember(verified)
         self.store.lag.note(pool_idx, width, ran)
         self.store.note_drafts(pool_idx, ran, sampler)
         return sampler
-
-    def _window(
-        self, pool_indices: Tensor, seq_lens: Tensor, seq_lens_cpu: Tensor | None, outcome, num_rows: int
-    ) -> tuple[MTPPassInput, Tensor]:
-        """Rows of the MTP pass that ends with the verify window, and their hidden states."""
-        width = outcome.tokens.shape[1]
-        start = seq_lens + width - num_rows
-        rows = window_rows(
-            seq_lens=seq_lens,
-            seq_lens_cpu=seq_lens_cpu,
-            accept_lens=outcome.accept_lens,
-            width=num_rows,
-            verify_width=width,
-            first_known=self.store.rings.first_known[pool_indices],
-            req_to_token=self.req_to_token_pool.req_to_token,
-            req_pool_indices=pool_indices,
-            tokens=self.store.rings.token_window(pool_indices, start + 1, num_rows + self.settings.num_steps),
-        )
-        return rows, self.store.rings.window(pool_indices, start, num_rows).flatten(0, 1)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req, batch_size: int = 0) -> None:
         """SGLang's report of a round's accepted drafts per request, on the host."""
         offered, accepted = self.depths.observe(num_correct_drafts_per_req)
         if self.draft_counters is not None:
             self.draft_counters.add(offered, accepted)
-
-    def _remember_round(self, pool_indices: Tensor, seq_lens: Tensor, outcome) -> None:
-        """Put the window's hidden states and tokens into the rings.
-
-        Entries past the accepted ones are garbage that the next round overwrites before use.
-        """
-        size, width = outcome.tokens.shape
-        positions = seq_lens[:, None] + torch.arange(width, device=seq_lens.device)
-        owners = pool_indices[:, None].expand(size, width)
-        self.store.rings.put(owners, positions, outcome.hidden.view(size, width, -1))
-        self.store.rings.put_tokens(owners, positions + 1, outcome.tokens.clamp(min=0))
 
     def _sampler(self, batch, positions: Tensor, may_stop: bool = False) -> DraftSampler:
         # Where reading a confidence waits for the device, passes run to their planned depth.
@@ -271,13 +273,12 @@ class Step35SpecWorker(BaseSpecWorker):
                 self.store.counts.add(index, req, token, torch.ones_like(token))
 
     def _count_accepted(self, batch, outcome) -> None:
-        columns = torch.arange(outcome.tokens.shape[1], device=outcome.tokens.device)
         penalised = set()
         for b, req in enumerate(batch.reqs):
             if PenaltyRule.from_request(req) is not None:
-                valid = columns < outcome.accept_lens[b]
+                valid = torch.arange(outcome.tokens.shape[1], device=outcome.tokens.device) < outcome.accept_lens[b]
                 penalised.add(req.kv.req_pool_idx)
-                self.store.counts.add(req.kv.req_pool_idx, req, outcome.tokens[b].clamp(min=0), valid)
+                self.store.counts.add(req.kv.req_pool_idx, req, outcome.tokens[b], valid)
         self.store.counts.forget_except(penalised)
 
     def _idle_input(self) -> EagleDraftInput:

@@ -19,6 +19,11 @@ ROWS = (
         takes("register_attention_backend", "name"),
         takes("create_flashinfer_backend", "runner"),
     ),
+    *module(
+        "sglang.srt.layers.attention.verify_mask",
+        takes("VerifyMask", "buffer mode max_bs is_read"),
+        has("VerifyMask", "is_read"),
+    ),
     # The contract of a backend.
     *module(
         "sglang.srt.layers.attention.base_attn_backend",
@@ -29,6 +34,7 @@ ROWS = (
         takes("AttentionBackend.init_forward_metadata_out_graph", "self forward_batch in_capture"),
         takes("AttentionBackend.init_forward_metadata_in_graph", "self forward_batch"),
         takes("AttentionBackend.draft_extend_metadata_captured_in_graph", "self"),
+        has("AttentionBackend", "verify_mask"),
         takes("AttentionBackend.forward", "self q k v layer forward_batch save_kv_cache **kwargs"),
         takes("AttentionBackend.forward_decode", "self q k v layer forward_batch save_kv_cache **kwargs"),
         takes("AttentionBackend.forward_extend", "self q k v layer forward_batch save_kv_cache **kwargs"),

@@ -14,6 +14,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.utils",
+        takes("get_available_gpu_memory", "device gpu_id distributed empty_cache cpu_group"),
         takes("require_gathered_buffer", ""),
     ),
     *module(
@@ -61,8 +62,20 @@ ROWS = (
             "out_cache_loc positions return_logprob spec_algorithm spec_info capture_hidden_mode "
             "extend_seq_lens extend_seq_lens_cpu extend_start_loc extend_num_tokens "
             "global_num_token_non_padded_cpu return_hidden_states_before_norm encoder_lens "
-            "mamba_track_indices out_cache_loc_virtual kv_loc_plan kv_loc_cols",
+            "mamba_track_indices",
         ),
+    ),
+    *module(
+        "sglang.srt.mem_cache.kv_index_translator",
+        takes("KVIndexTranslator.own_plan", "self forward_batch runner_slots"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.kv_loc_plan",
+        takes("KVLocPlan.bind_replay", "self batch reader slots"),
+    ),
+    *module(
+        "sglang.srt.model_executor.model_runner_components.attention_backend_setup",
+        takes("get_attention_backend", "model_runner init_new_workspace"),
     ),
     *module(
         "sglang.srt.layers.attention.base_attn_backend",

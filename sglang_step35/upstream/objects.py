@@ -33,9 +33,10 @@ ROWS = (
         "sglang.srt.model_executor.model_runner",
         has(
             "ModelRunner",
-            "attn_backend decode_attention_backend_str device dtype init_new_workspace "
-            "is_draft_worker kv_index_translator model model_config prefill_attention_backend_str "
-            "req_to_token_pool shared_read_done_event sliding_window_size spec_algorithm token_to_kv_pool",
+            "attn_backend decode_attention_backend_str decode_cuda_graph_runner device dtype gpu_id "
+            "graph_memory_usage init_new_workspace is_draft_worker kv_index_translator model model_config "
+            "prefill_attention_backend_str req_to_token_pool shared_read_done_event sliding_window_size "
+            "spec_algorithm token_to_kv_pool",
         ),
     ),
     *module(

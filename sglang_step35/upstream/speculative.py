@@ -10,10 +10,12 @@ ROWS = (
         takes(
             "BaseSpecWorker.alloc_memory_pool", "self memory_pool_config req_to_token_pool token_to_kv_pool_allocator"
         ),
+        takes("BaseSpecWorker.init_cuda_graphs", "self"),
         takes("BaseSpecWorker.on_verify_complete_cpu", "self num_correct_drafts_per_req batch_size"),
         has(
             "BaseSpecWorker",
-            "last_shared_read_runner spec_v2_attn_backends draft_swa_window req_to_token_pool",
+            "last_shared_read_runner spec_v2_attn_backends draft_swa_window req_to_token_pool "
+            "_additional_graph_memory_usage",
         ),
         takes("EagleDraftWorkerBase.__init__", "self"),
         takes("EagleDraftWorkerBase.alloc_memory_pool", "self **kwargs"),
@@ -26,6 +28,7 @@ ROWS = (
     *module(
         "sglang.srt.speculative.eagle_utils",
         takes("default_tree_mask_mode", ""),
+        has("TreeMaskMode", "QLEN_ONLY"),
         takes("eagle_prepare_for_verify", "verify_input req_to_token_pool batch target_worker"),
     ),
     *module(

@@ -177,6 +177,12 @@ def test_graph_buffers_hold_the_longest_batch_and_no_more():
 
 
 @cpu_only
+def test_no_mask_has_to_be_built_for_a_verify_step():
+    mask = Host().backend.verify_mask
+    assert not mask.is_read and not mask.fits(1) and mask.buffer.numel() == 0
+
+
+@cpu_only
 def test_a_tree_is_refused():
     host = Host()
     host.run(EXTEND, PROMPTS)

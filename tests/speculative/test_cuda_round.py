@@ -1,11 +1,11 @@
-"""What a prefill and a round wait for on CUDA, counted without CUDA."""
+"""What a prefill and a round wait for on CUDA, and what a round launches, counted without CUDA."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sglang_step35.speculative import verify
+from sglang_step35.speculative import device, verify
 from tests.support import cuda_host
 from tests.support.fake_cuda import fake_cuda
 
@@ -25,8 +25,9 @@ def waits_of_a_round(cuda, monkeypatch, size: int, options=None, filters=None, c
     fields = lambda: {"sampling_info": cuda_host.sampling_info(requests, **(filters or {})), **(changes or {})}
     relay = cuda_host.prefill(worker, requests, **fields()).next_draft_input
     relay = cuda_host.round_of(worker, requests, relay, **fields()).next_draft_input
-    cuda.found.clear()
-    cuda_host.round_of(worker, requests, relay, **fields())
+    last = fields()
+    cuda.found.clear(), cuda.launched.clear()
+    cuda_host.round_of(worker, requests, relay, **last)
     return list(cuda.found)
 
 
@@ -62,6 +63,54 @@ def test_filters_wait_for_nothing(cuda, monkeypatch, size):
     assert waits_of_a_round(cuda, monkeypatch, size, {"temperature": 0.8}, filters=filters) == []
 
 
+@pytest.mark.parametrize("plans_on_host", [False, True])
+def test_rounds_of_any_depth_wait_for_nothing_and_verify_what_they_drafted(cuda, monkeypatch, plans_on_host):
+    """Without a graph of width 3, two drafts are verified by that of the full width."""
+    worker = cuda_host.make_worker(monkeypatch, narrow=(1, 2), plans_on_host=plans_on_host)
+    requests = cuda_host.make_requests(7)
+    relay = cuda_host.prefill(worker, requests).next_draft_input
+    for depth in (3, 0, 0, 1, 2, 3, 3):
+        cuda.found.clear()
+        monkeypatch.setattr(worker.depths, "next_depth", lambda size, depth=depth: depth)
+        caught_up = worker.store.lag.of(0) == 0
+        relay = cuda_host.round_of(worker, requests, relay).next_draft_input
+        assert cuda.found == [] or not caught_up
+    assert worker._target_worker.verified == [4, 4, 1, 1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("mask, built", [(None, True), (True, True), (False, False)])
+def test_a_tree_mask_is_built_for_attention_that_reads_one(cuda, monkeypatch, mask, built):
+    """Triton's does; one that says nothing may."""
+    asked = []
+    worker = cuda_host.make_worker(monkeypatch)
+    monkeypatch.setattr(
+        cuda_host.eagle_worker_common, "build_eagle_verify_input", lambda *_, **more: asked.append(more) or "masked"
+    )
+    backend = worker._target_worker.model_runner.attn_backend
+    backend.verify_mask = None if mask is None else SimpleNamespace(is_read=mask)
+    batch = SimpleNamespace(seq_lens=torch.empty(7, dtype=torch.int64, device="cuda"))
+    chain = torch.empty(7, 4, dtype=torch.int64, device="cuda")
+    found = device.chain_verify_input(batch, worker._target_worker, chain)
+    if built:
+        assert found == "masked" and asked[0]["num_draft_tokens"] == 4
+    else:
+        assert found.custom_mask is None and found.positions.shape == (28,) and not asked
+
+
+# Kernels of ours between the graphs of a round.
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("plans_on_host", [False, True])
+def test_a_greedy_round_launches_a_few_kernels_outside_its_graphs(cuda, monkeypatch, size, plans_on_host):
+    waits_of_a_round(cuda, monkeypatch, size, plans_on_host=plans_on_host)
+    assert 10 < len(cuda.launched) <= 24, "\n".join(cuda.launched)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sampled_round_launches_a_bounded_number_of_kernels(cuda, monkeypatch, size):
+    waits_of_a_round(cuda, monkeypatch, size, {"temperature": 0.8})
+    assert 24 < len(cuda.launched) <= 133, "\n".join(cuda.launched)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_plan_on_the_host_takes_the_lengths_the_scheduler_sends(cuda, monkeypatch, size):
     assert waits_of_a_round(cuda, monkeypatch, size, plans_on_host=True) == []
@@ -76,5 +125,6 @@ def test_a_pass_without_graph_reads_the_lengths_once(cuda, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_prefill_waits_for_nothing(cuda, monkeypatch, size):
     worker = cuda_host.make_worker(monkeypatch)
+    cuda.found.clear()
     cuda_host.prefill(worker, cuda_host.make_requests(size))
     assert cuda.found == []

@@ -15,15 +15,19 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
+from sglang_step35.speculative.draft import EagerPass
 from sglang_step35.speculative.graphs import _reads_end_with_the_first_layer
-from sglang_step35.speculative.pass_input import window_rows
 from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.state import RequestRings
+from sglang_step35.speculative.window import RoundWindow, Verified, WindowReader
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.nano_model import generate_all, greedy, histogram, prompts
+from tests.support.pool_attention import SLOTS, PoolAttention, Recorder
 
-STEPS, WIDTH, SLOTS = 3, 6, 128
+STEPS, WIDTH = 3, 6
 COMMITTED = [10, 1, 21]  # the second request's window begins before position 0
+OWNERS = [3, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -33,54 +37,6 @@ def mtp(tmp_path_factory):
     model = model_host.load(directory, draft=True)
     model.share_with(backbone)
     return model
-
-
-class PoolAttention:
-    """Row by row over a pool of K and V; slot 0 takes what nobody reads."""
-
-    def __init__(self, req_to_token):
-        self.req_to_token = req_to_token
-        self.pools = {}
-        self.plans = []
-
-    def forward(self, q, k, v, layer, batch, **_unused):
-        dim = layer.head_dim
-        q, k, v = (x.view(len(q), -1, dim) for x in (q, k, v))
-        keys, values = self.pools.setdefault(layer.layer_id, (self.filled(k), self.filled(v)))
-        keys[batch.out_cache_loc], values[batch.out_cache_loc] = k, v
-        owners = batch.req_pool_indices.repeat_interleave(len(q) // batch.batch_size)
-        rows = []
-        for query, owner, position in zip(q, owners, batch.positions.tolist(), strict=True):
-            first = max(0, position - layer.sliding_window_size)
-            slots = self.req_to_token[owner, first : position + 1]
-            groups = len(query) // k.shape[1]
-            scores = torch.einsum("hd,thd->ht", query, keys[slots].repeat_interleave(groups, 1))
-            weights = (scores * layer.scaling).softmax(-1)
-            rows.append(torch.einsum("ht,thd->hd", weights, values[slots].repeat_interleave(groups, 1)))
-        return torch.stack(rows).flatten(1)
-
-    @staticmethod
-    def filled(like):
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(SLOTS, *like.shape[1:], generator=generator)
-
-    def init_forward_metadata(self, batch):
-        self.plans.append("eager")
-
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
-        self.plans.append(("state", max_bs, max_num_tokens))
-
-    def init_forward_metadata_out_graph(self, batch, in_capture=False):
-        self.plans.append(("capture" if in_capture else "replay", batch.batch_size))
-
-    def init_forward_metadata_in_graph(self, batch):
-        pass
-
-    def draft_extend_metadata_captured_in_graph(self):
-        return False
-
-    def shared_read_ends(self, mode):
-        return SharedReadEnds.UNKNOWN
 
 
 class TritonRows(TritonAttnBackend):
@@ -99,18 +55,18 @@ class TritonRows(TritonAttnBackend):
         return self.kv_indptr
 
 
-class Recorder:
-    """In place of SGLang's graph backend."""
+class Translator:
+    """Of a pool whose slots are their own ids."""
 
-    def __init__(self):
-        self.recorded = {}
+    def bind_runner_slots(self, batch):
+        pass
 
-    def capture_one(self, key, run, post_warmup_hook=None):
-        run()
-        self.recorded[key] = run
+    def own_plan(self, batch):
+        assert batch.out_cache_loc is not None
+        return self
 
-    def replay(self, key, batch):
-        return self.recorded[key]()
+    def bind_replay(self, batch, reader, *, slots):
+        batch.kv_loc_plan = self
 
 
 def make_runner(mtp, req_to_token):
@@ -121,12 +77,12 @@ def make_runner(mtp, req_to_token):
         dtype=torch.float32,
         model_config=SimpleNamespace(hidden_size=mtp.spec.hidden_size),
         spec_algorithm=None,
-        kv_index_translator=SimpleNamespace(bind_runner_slots=lambda batch: None),
+        kv_index_translator=Translator(),
     )
 
 
 @pytest.fixture
-def graphs(mtp, requests_table, monkeypatch):
+def graphs(mtp, reader, monkeypatch):
     from sglang_step35.speculative import graphs
 
     monkeypatch.setattr(graphs, "get_batch_sizes_to_capture", lambda runner: ([1, 2, 4], []))
@@ -140,7 +96,7 @@ def graphs(mtp, requests_table, monkeypatch):
                 self.capture_one_shape(size, None)
 
     monkeypatch.setattr(graphs.MTPGraphRunner, "capture", capture)
-    return graphs.MTPGraphRunner(make_runner(mtp, requests_table), MTPSettings(STEPS))
+    return graphs.MTPGraphRunner(make_runner(mtp, reader.req_to_token), MTPSettings(STEPS), reader)
 
 
 @pytest.fixture(scope="module")
@@ -150,33 +106,47 @@ def requests_table():
     return torch.cat([torch.zeros(1, 32, dtype=torch.int64), order.view(3, 32)])
 
 
-def random_pass(mtp, table, seed):
-    """Rows and hidden states of a pass after a verify step."""
+def make_reader(hidden_size, table) -> WindowReader:
+    """Rings that hold random states and tokens of all positions before the committed ones."""
+    generator = torch.Generator().manual_seed(7)
+    rings = RequestRings(4, 32, hidden_size, torch.float32, "cpu")
+    rings.hidden[1:] = torch.randn(rings.hidden[1:].shape, generator=generator)
+    rings.tokens[1:] = torch.randint(0, 500, rings.tokens[1:].shape, generator=generator)
+    return WindowReader(rings, table, STEPS)
+
+
+@pytest.fixture
+def reader(mtp, requests_table):
+    return make_reader(mtp.spec.hidden_size, requests_table)
+
+
+def random_window(reader, seed, width=STEPS + 1) -> RoundWindow:
+    """The pass behind a verify step of `width` tokens, as the worker makes it on CUDA."""
     generator = torch.Generator().manual_seed(seed)
-    committed, owners = torch.tensor(COMMITTED), torch.tensor([3, 1, 2])
-    rows = window_rows(
+    committed = torch.tensor(COMMITTED)
+    verified = Verified(
+        requests=torch.tensor(OWNERS),
         seq_lens=committed,
         seq_lens_cpu=committed,
-        accept_lens=torch.randint(1, STEPS + 2, (3,), generator=generator),
-        width=WIDTH,
-        verify_width=STEPS + 1,
-        first_known=torch.zeros(3, dtype=torch.int64),
-        req_to_token=table,
-        req_pool_indices=owners,
-        tokens=torch.randint(0, 500, (3, WIDTH + STEPS), generator=generator),
+        accept_lens=torch.randint(1, width + 1, (3,), generator=generator),
+        tokens=torch.randint(0, 500, (3, width), generator=generator),
+        hidden=torch.randn(3, width, reader.rings.hidden.shape[-1], generator=generator),
     )
-    hidden = torch.randn(3 * WIDTH, mtp.spec.hidden_size, generator=generator)
+    return RoundWindow(reader, verified, STEPS + 1, WIDTH)
+
+
+def eager_pass(runner, window):
+    """The draft worker's way without graphs."""
+    window.reader.remember(window.verified)
+    rows, hidden = window.rows()
     batch = SimpleNamespace(
-        batch_size=3,
-        req_pool_indices=owners,
-        positions=rows.positions,
-        out_cache_loc=rows.slots,
-        out_cache_loc_virtual=None,
-        kv_loc_plan=None,
-        kv_loc_cols=None,
-        moe_num_token_non_padded=None,
+        batch_size=3, req_pool_indices=window.verified.requests, positions=rows.positions, out_cache_loc=rows.slots
     )
-    return rows, hidden, batch
+    return EagerPass(runner, batch, rows, hidden)
+
+
+def in_context(backend):
+    return forward_context(ForwardContext(attn_backend=backend))
 
 
 @torch.inference_mode()
@@ -195,41 +165,43 @@ def test_tritons_captured_pass_has_the_rows_of_the_mtp_pass(mtp, requests_table,
     runner = make_runner(mtp, requests_table)
     runner.attn_backend = backend = TritonRows()
     monkeypatch.setattr(type(graphs), "capture", lambda self: None)
-    type(graphs)(runner, MTPSettings(STEPS))
+    type(graphs)(runner, MTPSettings(STEPS), graphs.reader)
     mode, ends = ForwardMode.DRAFT_EXTEND_V2, torch.tensor([10, 21])
     starts, *_ = backend._update_draft_extend_buffers(None, 2, ends, mode, None, torch.tensor([0, 1]))
     assert starts.tolist() == [0, WIDTH, 2 * WIDTH]
     assert backend._build_cuda_graph_forward_metadata(2, mode, None).max_extend_len == WIDTH
 
 
-def test_captured_passes_equal_eager_ones(mtp, graphs, requests_table):
-    from sglang_step35.speculative.draft import EagerPass
-
-    eager = make_runner(mtp, requests_table)
+@pytest.mark.parametrize("verified", range(1, STEPS + 2))
+def test_captured_passes_equal_eager_ones(mtp, graphs, reader, verified):
+    """However few tokens were verified: the pass has its full rows, those past the accepted ones nobody reads."""
+    eager, other = make_runner(mtp, reader.req_to_token), make_reader(mtp.spec.hidden_size, reader.req_to_token)
     graphs.attn_backend.pools.clear()  # capturing wrote to slot 0
     for seed in range(3):
-        rows, hidden, batch = random_pass(mtp, requests_table, seed)
-        with forward_context(ForwardContext(attn_backend=graphs.attn_backend), forward_batch=batch):
-            found = drafted(graphs.begin(batch, rows, hidden))
-        rows, hidden, batch = random_pass(mtp, requests_table, seed)
-        with forward_context(ForwardContext(attn_backend=eager.attn_backend), forward_batch=batch):
-            expected = drafted(EagerPass(eager, batch, rows, hidden))
+        window = random_window(reader, seed, verified)
+        with in_context(graphs.attn_backend):
+            found = drafted(graphs.begin(window))
+        with in_context(eager.attn_backend):
+            expected = drafted(eager_pass(eager, random_window(other, seed, verified)))
         assert torch.allclose(found, expected, atol=1e-5)
+        ends = (window.verified.seq_lens + window.verified.accept_lens).tolist()
+        unread = [reader.req_to_token[owner, end : end + STEPS] for owner, end in zip(OWNERS, ends, strict=True)]
+        read = torch.ones(SLOTS, dtype=torch.bool)
+        read[0], read[torch.cat(unread)] = False, False
         for layer, pools in eager.attn_backend.pools.items():
             for ours, theirs in zip(graphs.attn_backend.pools[layer], pools, strict=True):
-                assert torch.allclose(ours[1:], theirs[1:], atol=1e-5)
+                assert torch.allclose(ours[read], theirs[read], atol=1e-5)
 
 
-def test_attention_is_planned_once_for_all_layers(mtp, graphs, requests_table):
+def test_attention_is_planned_once_for_all_layers(graphs, reader):
     assert graphs.attn_backend.plans == [("state", 4, 24), ("capture", 4), ("capture", 2), ("capture", 1)]
-    rows, hidden, batch = random_pass(mtp, requests_table, 5)
-    with forward_context(ForwardContext(attn_backend=graphs.attn_backend), forward_batch=batch):
-        drafted(graphs.begin(batch, rows, hidden))
+    with in_context(graphs.attn_backend):
+        drafted(graphs.begin(random_window(reader, 5)))
     assert graphs.attn_backend.plans[4:] == [("replay", 4)]
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_the_scheduler_waits_for_the_first_layer_only(mtp, graphs, requests_table, monkeypatch, early):
+def test_the_scheduler_waits_for_the_first_layer_only(graphs, reader, monkeypatch, early):
     replayed, recorded = [], []
     replay = graphs.backend.replay
     monkeypatch.setattr(graphs.backend, "replay", lambda key, batch: replayed.append(key) or replay(key, batch))
@@ -237,11 +209,10 @@ def test_the_scheduler_waits_for_the_first_layer_only(mtp, graphs, requests_tabl
     monkeypatch.setattr(graphs, "device_module", SimpleNamespace(Event=lambda: event))
     monkeypatch.setattr(graphs, "reads_end_early", early)
     graphs.model_runner.shared_read_done_event = None
-    rows, hidden, batch = random_pass(mtp, requests_table, 5)
-    with forward_context(ForwardContext(attn_backend=graphs.attn_backend), forward_batch=batch):
-        drafted(graphs.begin(batch, rows, hidden))
-    assert len(replayed) == STEPS
-    assert recorded == ([1] if early else [])
+    with in_context(graphs.attn_backend):
+        drafted(graphs.begin(random_window(reader, 5)))
+    assert [key.variant_label for key in replayed] == ["rows", "mtp0", "mtp1", "mtp2"]
+    assert recorded == ([2] if early else [])
     assert graphs.model_runner.shared_read_done_event is (event if early else None)
 
 
@@ -263,19 +234,20 @@ def test_where_attention_reads_the_scheduler_s_tables(in_graph, declared, early)
 
 
 @pytest.mark.parametrize(
-    "counts, ends, served",
+    "rows, committed, served",
     [
-        ([6] * 4, None, True),
-        ([6] * 4, [6, 9, 7, 30], True),
-        ([6] * 4, [6, 9, 5, 30], False),  # begins before position 0
-        ([6] * 5, None, False),
-        ([6, 8], None, False),
+        (6, [None] * 4, True),
+        (6, [2, 5, 3, 26], True),
+        (6, [2, 5, 1, 26], False),  # begins before position 0
+        (6, [None] * 5, False),
+        (8, [None] * 4, False),
     ],
 )
-def test_what_is_left_to_the_eager_pass(graphs, counts, ends, served):
-    rows = SimpleNamespace(row_counts=counts, ends_cpu=None if ends is None else torch.tensor(ends))
-    assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, rows) == served
-    assert not graphs.serves(ForwardMode.EXTEND, rows)
+def test_what_is_left_to_the_eager_pass(graphs, rows, committed, served):
+    lens = None if None in committed else torch.tensor(committed)
+    window = RoundWindow(None, SimpleNamespace(requests=committed, seq_lens_cpu=lens), STEPS + 1, rows)
+    assert graphs.serves(ForwardMode.DRAFT_EXTEND_V2, window) == served
+    assert not graphs.serves(ForwardMode.EXTEND, window)
 
 
 @pytest.mark.gpu

@@ -102,6 +102,20 @@ def test_rounds_of_any_depth_equal_a_full_recompute(monkeypatch, steps, full_wid
     assert set(host.accepted) == set(range(steps + 1))
 
 
+@pytest.mark.parametrize("captured", [(), (2,), (1, 2, 3)])
+def test_a_chain_is_verified_at_the_next_width_that_was_captured(monkeypatch, captured):
+    """By that width's attention and graphs, which are gone from the runner behind the step."""
+    worker = make_worker(monkeypatch, 3, adaptive=True, full_width=True, captured=captured)
+    worker.depths = RandomDepths(worker.settings, seed=4)
+    play(Host(worker, seed=40), 160)
+    target, needed = worker._target_worker, worker.depths.needed
+    own = {width: (f"attention {width}", f"graphs {width}") for width in captured}
+    wanted = [min(width for width in (*captured, 4) if width >= chain) for chain in needed]
+    assert target.verified_by == [(width, *own.get(width, ("attention", "graphs"))) for width in wanted]
+    assert set(needed) > {1, 4}
+    assert (target.model_runner.attn_backend, target.model_runner.decode_cuda_graph_runner) == ("attention", "graphs")
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sampled_rounds_equal_the_rule_applied_token_by_token(monkeypatch, adaptive):
     """Seeded requests, so that every draw is known, among greedy ones."""

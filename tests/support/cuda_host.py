@@ -13,8 +13,10 @@ from sglang.srt.speculative import eagle_info, eagle_utils, eagle_worker_common
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from sglang_step35.speculative import device, draft, graphs, host_copy, verify, worker
-from sglang_step35.speculative.pass_buffers import PassBuffers
+from sglang_step35.speculative.pass_buffers import PassBuffers, VerifiedBuffers
 from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.verify_graphs import NarrowStep
+from tests.support.fake_cuda import replayed
 from tests.support.toy_requests import ToyRequest
 
 CUDA = torch.device("cuda")
@@ -46,6 +48,7 @@ class Attention:
 
     def __init__(self, plans_on_host: bool):
         self.needs_cpu_seq_lens = plans_on_host
+        self.verify_mask = SimpleNamespace(is_read=False)
 
     def draft_extend_metadata_captured_in_graph(self) -> bool:
         return not self.needs_cpu_seq_lens
@@ -62,22 +65,36 @@ class Graphs(graphs.MTPGraphRunner):
 
     def __init__(self, runner):
         self.model, self.attn_backend = runner.model, runner.attn_backend
-        self.captured_req_width = MTPSettings(STEPS).pass_rows
+        settings = MTPSettings(STEPS)
+        self.captured_req_width, self.num_layers, self.reader = settings.pass_rows, STEPS, None
+        self.seq_len_fill_value = settings.pass_rows
         self.capture_bs = [1, 8, 48]
         self.max_bs = 48
-        self.buffers = PassBuffers.allocate(self.max_bs, self.captured_req_width, STEPS, HIDDEN, torch.bfloat16, CUDA)
+        hidden = (HIDDEN, torch.bfloat16, CUDA)
+        self.verified = VerifiedBuffers(self.max_bs, settings, *hidden)
+        self.buffers = PassBuffers.allocate(self.max_bs, self.captured_req_width, STEPS, *hidden)
         self.model_runner, self.reads_end_early = runner, not runner.attn_backend.needs_cpu_seq_lens
         self.device_module = SimpleNamespace(Event=lambda: SimpleNamespace(record=lambda: None))
-        self.backend = SimpleNamespace(replay=lambda key, batch: runner.model.compute_logits(0, batch.seq_lens))
+        self.backend = SimpleNamespace(replay=self.replay)
 
     def model_context(self):
         return nullcontext()
+
+    def replay(self, key, batch):
+        if key.variant_label == "rows":
+            with replayed():
+                return self._find_rows(key.size)
+        return self.model.compute_logits(0, batch.seq_lens)
 
 
 class DraftWorker(draft.MTPDraftWorker):
     def __init__(self, server_args, gpu_id, nccl_port, target_worker):
         self.model, attention = Model(), target_worker.model_runner.attn_backend
-        self.draft_runner = SimpleNamespace(model=self.model, attn_backend=attention, device=CUDA)
+        plan = SimpleNamespace(bind_replay=lambda batch, reader, slots: None)
+        translator = SimpleNamespace(own_plan=lambda batch: plan)
+        self.draft_runner = SimpleNamespace(
+            model=self.model, attn_backend=attention, device=CUDA, kv_index_translator=translator
+        )
         self.draft_worker = SimpleNamespace(alloc_memory_pool=lambda **_: None)
         self.graphs = Graphs(self.draft_runner) if server_args.graphs else None
 
@@ -98,10 +115,14 @@ class TargetWorker:
             dtype=torch.bfloat16,
             device=CUDA,
             attn_backend=Attention(plans_on_host),
+            decode_cuda_graph_runner=None,
         )
+        self.verified: list[int] = []  # widths of the verify steps
 
     def forward_batch_generation(self, batch, forward_batch=None, is_verify=False, **_unused):
         rows = len(forward_batch.input_ids) if is_verify else sum(batch.extend_lens)
+        if is_verify:
+            self.verified.append(rows // len(forward_batch.reqs))
         output = SimpleNamespace(
             hidden_states=torch.empty(rows, HIDDEN, dtype=torch.bfloat16, device=CUDA),
             next_token_logits=torch.empty(rows, VOCAB, dtype=torch.bfloat16, device=CUDA),
@@ -132,11 +153,14 @@ def verify_input(batch, draft_input, parents, order, drafts, probs, *, num_draft
     return SimpleNamespace(draft_token=chain.flatten(), draft_token_num=num_draft_tokens)
 
 
-def make_worker(monkeypatch, *, captured: bool = True, plans_on_host: bool = False):
-    """captured: MTP passes behind a verify step replay graphs; plans_on_host: as FlashInfer, else as fa3."""
+def make_worker(monkeypatch, *, captured: bool = True, plans_on_host: bool = False, narrow=()):
+    """captured: MTP passes behind a verify step replay graphs; plans_on_host: as FlashInfer, else as fa3.
+
+    narrow: verify widths with graphs of their own, for adaptive depth.
+    """
     spec = SimpleNamespace(
         speculative_num_steps=STEPS,
-        speculative_adaptive=False,
+        speculative_adaptive=bool(narrow),
         speculative_eagle_topk=1,
         speculative_num_draft_tokens=STEPS + 1,
         speculative_use_rejection_sampling=False,
@@ -157,6 +181,10 @@ def make_worker(monkeypatch, *, captured: bool = True, plans_on_host: bool = Fal
     args = SimpleNamespace(enable_metrics=False, served_model_name="fake", graphs=captured)
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(plans_on_host))
     made.alloc_memory_pool(req_to_token_pool=pool)
+    for width in narrow:
+        made.narrow.steps[width] = NarrowStep(Attention(plans_on_host), None, 0.0)
+    if captured:
+        made._draft_worker.graphs.reader = made._draft_worker.reader
     return made
 
 

@@ -3,6 +3,8 @@
 Tensors of device "cuda" are torch's fake tensors; host tensors stay real. Seen are reads (`.cpu()`, `.item()`,
 `.tolist()`, boolean indexing) and blocking copies to the device (a list or an unpinned host tensor; an index that is a
 list). An asynchronous copy counts as free: on a real device its source has to be pinned.
+
+Launches are counted as well: each operation that is neither a view nor an allocation is at least one kernel.
 """
 
 import traceback
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
+ALLOCATES = ("empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view")
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 
 
@@ -26,11 +29,14 @@ def fake_cuda():
 
 
 class Waits(TorchDispatchMode):
-    """found: "what at file:line" of each wait, in order."""
+    """found: "what at file:line" of each wait, in order. launched: the same of each launch by the package."""
+
+    in_graph = False  # what a graph replays is one launch, of SGLang's
 
     def __init__(self):
         super().__init__()
         self.found: list[str] = []
+        self.launched: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -43,6 +49,8 @@ class Waits(TorchDispatchMode):
         if _is_composite(func):  # seen whole in inference mode
             with self:
                 return func.decompose(*args, **kwargs)
+        if _launches(func) and not Waits.in_graph and (place := _place()) != ELSEWHERE:
+            self.launched.append(f"{func.__name__} at {place}")
         if func in READS:
             self._note(f"read by {func.__name__}")
         elif func is aten._to_copy.default:
@@ -76,9 +84,34 @@ class Waits(TorchDispatchMode):
         return target
 
     def _note(self, what: str) -> None:
-        ours = [frame for frame in traceback.extract_stack() if "/sglang_step35/" in frame.filename]
-        where = f"{ours[-1].filename.rpartition('/sglang_step35/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
-        self.found.append(f"{what} at {where}")
+        self.found.append(f"{what} at {_place()}")
+
+
+@contextmanager
+def replayed():
+    """What runs inside stands for the replay of a graph: its waits count, its launches do not."""
+    Waits.in_graph = True
+    try:
+        yield
+    finally:
+        Waits.in_graph = False
+
+
+ELSEWHERE = "elsewhere"
+
+
+def _place() -> str:
+    """The package's innermost line on the stack."""
+    ours = [frame for frame in traceback.extract_stack() if "/sglang_step35/" in frame.filename]
+    return f"{ours[-1].filename.rpartition('/sglang_step35/')[2]}:{ours[-1].lineno}" if ours else ELSEWHERE
+
+
+def _launches(func) -> bool:
+    if func.namespace != "aten" or func.overloadpacket.__name__ in ALLOCATES:
+        return False
+    returned = func._schema.returns
+    is_view = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+    return not is_view
 
 
 def _is_composite(func) -> bool:

@@ -7,7 +7,7 @@ by itself, as `moe.experts.{e}.gate_proj`, and leave the router, the head gate a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,60 @@ def formats(group: int) -> dict[str, Format]:
         "AWQ without Marlin": Format("awq", "awq", False, awq),
         "compressed-tensors": Format("compressed-tensors", "compressed", True, compressed),
     }
+
+
+def published_configs(group: int, layers: int) -> dict[str, Format]:
+    """The formats with all that their tools write into `quantization_config`, for a backbone of `layers` layers.
+
+    The router and the head gate stay in 16 bits, which each tool says in its own way; so do the MTP layers.
+    """
+    whole = dict(formats(group))
+    kept = [f"model.layers.{i}.{part}" for i in range(layers) for part in ("self_attn.g_proj", "moe.gate")]
+    auto_round = dict(
+        iters=200, low_gpu_mem_usage=True, autoround_version="0.9.6", block_name_to_quantize="model.layers",
+        extra_config={name: dict(bits=16, data_type="float") for name in kept},
+    )  # fmt: skip
+    more = {
+        "AutoRound": auto_round,
+        "AutoRound in AWQ's packing": auto_round,
+        "GPTQ": dict(
+            lm_head=False, checkpoint_format="gptq", pack_dtype="int32",
+            dynamic={"-:.*self_attn.g_proj": {}, "-:.*moe.gate$": {}},
+            meta=dict(quantizer=["gptqmodel:5.6.0"], damp_percent=0.05, mse=0.0, static_groups=False),
+        ),
+        "AWQ": dict(modules_to_not_convert=["g_proj", "moe.gate.", "lm_head"]),
+    }  # fmt: skip
+    more["AWQ without Marlin"] = more["AWQ"]
+    scheme = whole["compressed-tensors"].config["config_groups"]["group_0"]["weights"]
+    scheme = scheme | dict(actorder=None, block_structure=None, observer="minmax", observer_kwargs={})
+    more["compressed-tensors"] = dict(
+        config_groups={
+            "group_0": dict(targets=["Linear"], weights=scheme, input_activations=None, output_activations=None)
+        },
+        ignore=["lm_head", "re:.*moe.gate$", "re:.*self_attn.g_proj$"],
+        kv_cache_scheme=None,
+        quantization_status="compressed",
+        version="0.13.0",
+    )
+    return {name: replace(form, config=form.config | more[name]) for name, form in whole.items()}
+
+
+def described(rows: int, columns: int, form: Format, group: int) -> dict[str, Tensor]:
+    """The tensors of a packed matrix without their values, on the meta device."""
+    groups, word = columns // group, 32 // form.bits
+    empty = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
+    scales = dict(dtype=torch.bfloat16)
+    if form.packing == "compressed":
+        return dict(
+            weight_packed=empty(rows, columns // word),
+            weight_scale=empty(rows, groups, **scales),
+            weight_shape=empty(2, dtype=torch.int64),
+        )
+    tensors = dict(scales=empty(groups, rows, **scales), qzeros=empty(groups, rows // word))
+    if form.packing == "awq":
+        return tensors | dict(qweight=empty(columns, rows // word))
+    tensors["qweight"] = empty(columns // word, rows)
+    return tensors | (dict(g_idx=empty(columns)) if form.saves_order else {})
 
 
 def quantise(

@@ -16,6 +16,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang_step35.speculative import device, draft, verify, worker
 from sglang_step35.speculative.acceptance import NO_DRAFT
 from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.verify_graphs import NarrowStep
 from tests.support.plain_lookup import continuation
 from tests.support.toy_mtp import EARLIER_KEYS, VOCAB, ToyMTP, ToyTarget, target_logits
 from tests.support.toy_requests import ToyRequest, sampling_info, sure
@@ -24,14 +25,19 @@ POOL, LENGTH, SLOTS = 6, 160, 20_000
 
 
 class Witness(DepthPlanner):
-    """Tells the host how many drafts a round verifies; rounds that were not timed cost the same at any depth."""
+    """Tells the host how many drafts a round verifies; rounds that were not timed cost the same at any depth.
+
+    needed: the chain tokens of every round so far.
+    """
 
     def __init__(self, settings):
         super().__init__(settings, lambda batch: [1.0] * (settings.num_steps + 1))
+        self.needed = []
 
     def begin_round(self, rids, drafted, offered, confidences):
         super().begin_round(rids, drafted, offered, confidences)
         self.offered, self.wide = offered, offered != drafted
+        self.needed.append(1 + max(offered))
 
 
 class Pool:
@@ -55,14 +61,17 @@ class TargetWorker:
             sliding_window_size=EARLIER_KEYS,
             dtype=torch.int64,
             device=torch.device("cpu"),
-            attn_backend=None,
+            attn_backend="attention",
+            decode_cuda_graph_runner="graphs",
         )
+        self.verified_by = []  # width, attention, graphs of every verify step
 
     def forward_batch_generation(self, batch, forward_batch=None, is_verify=False, **_unused):
         batch = batch or forward_batch
         owners = batch.req_pool_indices.tolist()
         if is_verify:
             width = batch.spec_info.draft_token_num
+            self.verified_by.append((width, self.model_runner.attn_backend, self.model_runner.decode_cuda_graph_runner))
             firsts, rows = batch.seq_lens.tolist(), batch.input_ids.view(-1, width).tolist()
         else:
             firsts = batch.prefix_lens
@@ -109,8 +118,10 @@ def prepare_for_verify(spec_info, pool, batch, target_worker):
     return forward_batch(batch, None), False
 
 
-def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: bool = False, look_ups: int = 0):
-    """A worker over toy models, its memory allocated; full_width: as on CUDA."""
+def make_worker(
+    monkeypatch, steps: int, adaptive: bool = False, full_width: bool = False, look_ups: int = 0, captured=()
+):
+    """A worker over toy models, its memory allocated; full_width: as on CUDA; captured: the narrower widths there."""
     spec = SimpleNamespace(
         speculative_num_steps=steps,
         speculative_adaptive=adaptive,
@@ -130,13 +141,16 @@ def make_worker(monkeypatch, steps: int, adaptive: bool = False, full_width: boo
     monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
     if full_width:
         monkeypatch.setattr(draft, "writes_kv_alone", lambda runner: False)
-        monkeypatch.setattr(worker, "verify_width", lambda offered, widest, device: widest)
+        monkeypatch.setattr(worker, "verify_width", lambda needed, narrow, device: narrow.width(needed))
+        monkeypatch.setattr(worker, "window_width", lambda verified, widest, device: widest)
         monkeypatch.setattr(worker, "pass_rows", lambda needed, captured, device: max(needed, captured))
     pool = Pool()
     args = SimpleNamespace(enable_metrics=False, served_model_name="toy")
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(pool, 3))
     made.alloc_memory_pool(req_to_token_pool=pool)
     made.depths = Witness(made.settings)
+    for width in captured:
+        made.narrow.steps[width] = NarrowStep(f"attention {width}", f"graphs {width}", 0.0)
     return made
 
 

@@ -8,8 +8,10 @@ and each kind of layer gets a plan of its own (`plan.py`). `hooks/` puts this cl
 
 import torch
 from sglang.srt.layers.attention import flashinfer_backend as stock
+from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.mem_cache.kv_loc_plan import IdSpaceKind
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
 from sglang_step35.attention.flashinfer.plan import DecodePlanner, PrefillPlanner, layer_kinds
 
@@ -114,6 +116,11 @@ class Step35FlashInferBackend(stock.FlashInferAttnBackend):
         )
         if size > self.workspace_buffer.numel():
             self.workspace_buffer = torch.empty(size, dtype=torch.uint8, device=self.workspace_buffer.device)
+
+    @property
+    def verify_mask(self) -> VerifyMask:
+        """None is read: nothing has to be built."""
+        return VerifyMask(self.workspace_buffer[:0], TreeMaskMode.QLEN_ONLY, max_bs=0, is_read=False)
 
     def _create_prefill_wrappers(self, bs: int, use_custom_mask: bool = False) -> list:
         # A chain is causal: the tree mask of SGLang's verify input says nothing else, and hides the window.
