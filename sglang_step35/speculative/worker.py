@@ -22,7 +22,7 @@ from sglang_step35.speculative.device import host_reads_are_free, pass_rows, ver
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.host_copy import to_device
-from sglang_step35.speculative.metrics import DraftCounters
+from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.penalties import PenaltyRule
 from sglang_step35.speculative.prefill import PrefillPass
@@ -32,6 +32,7 @@ from sglang_step35.speculative.settings import MTPSettings, check_attention_back
 from sglang_step35.speculative.spans import PREFILL, ROUND, spanned
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
+from sglang_step35.speculative.watchdog import CAUSES, Watchdog
 
 
 class Step35SpecWorker(BaseSpecWorker):
@@ -56,10 +57,11 @@ class Step35SpecWorker(BaseSpecWorker):
         check_attention_backends(attention_backends(), target_worker.sliding_window_size)
         self.ranks = Ranks(get_parallel().tp_group)
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
-        self.draft_counters = None
-        if server_args.enable_metrics and get_parallel().tp_rank == 0:
-            name = server_args.served_model_name
-            self.draft_counters = DraftCounters(name, self.settings.num_draft_tokens - 1)
+        self.draft_counters = self.watchdog = None
+        if get_parallel().tp_rank == 0:
+            name = server_args.served_model_name if server_args.enable_metrics else None
+            self.draft_counters = name and DraftCounters(name, self.settings.num_draft_tokens - 1)
+            self.watchdog = Watchdog(report=name and CauseMetrics(name, CAUSES))
 
     @property
     def last_shared_read_runner(self):
@@ -141,6 +143,8 @@ class Step35SpecWorker(BaseSpecWorker):
         drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
+        if self.watchdog is not None:
+            self.watchdog.begin_round(batch.reqs, drafted)
         width = verify_width(offered, self.settings.num_draft_tokens, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
@@ -234,6 +238,8 @@ class Step35SpecWorker(BaseSpecWorker):
         offered, accepted = self.depths.observe(num_correct_drafts_per_req)
         if self.draft_counters is not None:
             self.draft_counters.add(offered, accepted)
+        if self.watchdog is not None:
+            self.watchdog.observe(num_correct_drafts_per_req)
 
     def _remember_round(self, pool_indices: Tensor, seq_lens: Tensor, outcome) -> None:
         """Put the window's hidden states and tokens into the rings.
