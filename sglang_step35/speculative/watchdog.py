@@ -256,6 +256,6 @@ class Watchdog:
 def _warn(cause: str, alarm: Alarm) -> None:
     logger.warning(
         "acceptance of MTP drafts has collapsed (%s): %.0f accepted where like requests without it accept %.0f, about "
-        "half or less in %d of %d requests. Answers stay exact, only slower. To find out why: %s. Said once an episode.",
+        "half or less in %d of %d requests. Answers stay exact, only slower. To find out why: %s. Said once.",
         cause, alarm.accepted, alarm.expected, alarm.collapsed, alarm.judged, ADVICE[cause],
     )  # fmt: skip

@@ -32,8 +32,7 @@ pytestmark = pytest.mark.server
 def overlapped(serve, tmp_path_factory):
     """With overlap scheduling, as on CUDA, and one more of SGLang's plug-ins to allow it on a CPU."""
     directory = tmp_path_factory.mktemp("plugin")
-    install_plugin("overlap_plugin", directory)
-    server = serve(*ARGS, PYTHONPATH=str(directory))
+    server = serve(*ARGS, PYTHONPATH=install_plugin("overlap_plugin", directory))
     assert "Overlap schedule is not implemented" not in server.log.read_text()
     return server
 

@@ -44,8 +44,7 @@ def test_ordinary_traffic_hits_and_samples_without_a_warning(serve):
 
 
 def test_corrupt_kv_of_cached_prefixes_is_said_once(serve, tmp_path):
-    install_plugin("corrupting_plugin", tmp_path)
-    server = serve(*METRICS_ARGS, "--dtype", "float32", PYTHONPATH=str(tmp_path))
+    server = serve(*METRICS_ARGS, "--dtype", "float32", PYTHONPATH=install_plugin("corrupting_plugin", tmp_path))
     cold, hits = (generate_all(server, mixed(), TOKENS) for _ in range(2))
     assert [a["output_ids"] for a in hits] == [a["output_ids"] for a in cold], "no answer shows it"
     assert hits[0]["output_ids"] == greedy(tuple(mixed()[0]), TOKENS)
