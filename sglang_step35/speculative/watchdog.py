@@ -11,10 +11,10 @@ load from host memory) is silent. Three steps, all of them host arithmetic on nu
    collapsed. Drafts of one text are not independent, and some texts are harder than others: no bound holds for the
    error, so it is measured, as the share of the history's own requests that this rule calls collapsed.
 3. A cause is judged by its requests: q_0 is that share, q_1 = (1 + q_0) / 2 that of a fault, which makes half of the
-   sound ones collapse. A cumulative sum (Page 1954) adds
-   the logarithms of their likelihood ratio and never falls below 0. Without a fault the mean of e^increment is 1, so
-   that more than e^h requests go by on average before it passes h (Lorden 1971): h = log(requests_to_false_alarm).
-   With q_0 = 0.1 that takes 9 collapsed requests in a row, more with sound ones between.
+   sound ones collapse. A cumulative sum (Page 1954) adds the logarithms of their likelihood ratio and never falls below
+   0. Without a fault the mean of e^increment is 1, so that, if requests are independent, at least e^h of them go by on
+   average before it reaches h (Lorden 1971): h = log(requests_to_false_alarm). With q_0 = 0.1 that takes 9 collapsed
+   requests in a row, more with sound ones between. Texts that are all harder than usual look like a fault.
 
 The warning is given once; the episode ends when the sum has come back to 0. Meanwhile rounds with this cause say
 nothing about others. Every request is also judged against the history of its own kind (HISTORY): the server's
@@ -255,7 +255,7 @@ class Watchdog:
 
 def _warn(cause: str, alarm: Alarm) -> None:
     logger.warning(
-        "acceptance of MTP drafts has collapsed (%s): %.0f accepted where like requests without it accept %.0f, about "
-        "half or less in %d of %d requests. Answers stay exact, only slower. To find out why: %s. Said once.",
+        "acceptance of MTP drafts has collapsed (%s): %.0f accepted where %.0f are usual, about half or less in %d of "
+        "%d requests. Answers stay exact, only slower. To find out why: %s. Said once until it recovers.",
         cause, alarm.accepted, alarm.expected, alarm.collapsed, alarm.judged, ADVICE[cause],
     )  # fmt: skip
