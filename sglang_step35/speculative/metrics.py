@@ -1,8 +1,10 @@
-"""Prometheus counters of drafts by position: what SGLang's own accept length leaves out."""
+"""Prometheus metrics of drafts by position and by cause: what SGLang's own accept length leaves out."""
 
 from collections.abc import Sequence
 
 OFFERED, ACCEPTED = "sglang:spec_offered_drafts", "sglang:spec_accepted_drafts"
+CAUSE_ACCEPTED, CAUSE_EXPECTED = "sglang:spec_cause_accepted_drafts", "sglang:spec_cause_expected_drafts"
+JUDGED, COLLAPSED, ALARM = "sglang:spec_judged_requests", "sglang:spec_collapsed_requests", "sglang:spec_collapse"
 
 
 class DraftCounters:
@@ -30,3 +32,39 @@ class DraftCounters:
             counter.inc(count)
         for counter, count in zip(self._accepted, accepted, strict=True):
             counter.inc(count)
+
+
+class CauseMetrics:
+    """What the watchdog finds: drafts accepted and to be expected, requests judged and collapsed, alarms, by cause.
+
+    Served as `..._total{model_name, cause}` and the gauge `sglang:spec_collapse{model_name, cause}`, 1 in an episode.
+    """
+
+    def __init__(self, model_name: str, causes: Sequence[str]):
+        from prometheus_client import Counter, Gauge  # as above
+
+        labels = ("model_name", "cause")
+        accepted = Counter(CAUSE_ACCEPTED, "MTP drafts accepted in rounds with a cause.", labels)
+        expected = Counter(CAUSE_EXPECTED, "MTP drafts that like rounds without the cause would have accepted.", labels)
+        judged = Counter(JUDGED, "Requests whose acceptance was judged.", labels)
+        collapsed = Counter(COLLAPSED, "Requests that accepted less than half of what like ones do.", labels)
+        self._accepted, self._expected, self._judged, self._collapsed = (
+            {cause: counter.labels(model_name, cause) for cause in causes}
+            for counter in (accepted, expected, judged, collapsed)
+        )
+        alarm = Gauge(ALARM, "1 while acceptance has collapsed.", labels, multiprocess_mode="mostrecent")
+        self._alarm = {cause: alarm.labels(model_name, cause) for cause in causes}
+
+    def add_drafts(self, cause: str, accepted: int, expected: float) -> None:
+        """Add the drafts of one round's requests."""
+        self._accepted[cause].inc(accepted)
+        self._expected[cause].inc(expected)
+
+    def add_verdict(self, cause: str, collapsed: bool) -> None:
+        """Add one request."""
+        self._judged[cause].inc()
+        self._collapsed[cause].inc(collapsed)
+
+    def set_alarm(self, cause: str, collapsed: bool) -> None:
+        """Whether an episode lasts."""
+        self._alarm[cause].set(collapsed)

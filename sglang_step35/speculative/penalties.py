@@ -7,6 +7,7 @@ j drafts before it.
 Letters: B requests, N rows per request, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,3 +44,23 @@ def penalise(logits: Tensor, counts: Tensor, drafts: Tensor, rule: PenaltyRule) 
     logits = logits - rule.frequency * seen - rule.presence * present
     scaled = torch.where(logits < 0, logits * rule.repetition, logits / rule.repetition)
     return torch.where(present, scaled, logits)
+
+
+def count_first_tokens(counts, reqs: Sequence, tokens: Tensor) -> None:
+    """Begin the counts (`state.OutputCounts`) of requests with penalties by the tokens [B] that their prefill gave."""
+    for b, req in enumerate(reqs):
+        if PenaltyRule.from_request(req) is not None:
+            index, token = req.kv.req_pool_idx, tokens[b : b + 1].long()
+            counts.begin(index, req)
+            counts.add(index, req, token, torch.ones_like(token))
+
+
+def count_accepted(counts, reqs: Sequence, tokens: Tensor, accept_lens: Tensor) -> None:
+    """Add the accepted ones of a round's tokens [B, N], accept_lens [B]; requests that left are forgotten."""
+    penalised = set()
+    for b, req in enumerate(reqs):
+        if PenaltyRule.from_request(req) is not None:
+            valid = torch.arange(tokens.shape[1], device=tokens.device) < accept_lens[b]
+            penalised.add(req.kv.req_pool_idx)
+            counts.add(req.kv.req_pool_idx, req, tokens[b], valid)
+    counts.forget_except(penalised)

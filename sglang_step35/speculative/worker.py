@@ -28,8 +28,8 @@ from sglang_step35.speculative.device import (
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.host_copy import to_device
-from sglang_step35.speculative.metrics import DraftCounters
-from sglang_step35.speculative.penalties import PenaltyRule
+from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters
+from sglang_step35.speculative.penalties import count_accepted, count_first_tokens
 from sglang_step35.speculative.prefill import PrefillPass
 from sglang_step35.speculative.prefix_key import set_lag
 from sglang_step35.speculative.ranks import Ranks
@@ -39,6 +39,7 @@ from sglang_step35.speculative.spans import PREFILL, ROUND, of_width, spanned
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
 from sglang_step35.speculative.verify_graphs import NarrowSteps
+from sglang_step35.speculative.watchdog import CAUSES, Watchdog
 from sglang_step35.speculative.window import RoundWindow, Verified, WindowReader
 
 
@@ -65,10 +66,11 @@ class Step35SpecWorker(BaseSpecWorker):
         self.ranks = Ranks(get_parallel().tp_group)
         self._draft_worker = MTPDraftWorker(server_args, gpu_id, nccl_port, target_worker)
         self.narrow = NarrowSteps(target_worker.model_runner, self.settings.num_draft_tokens)
-        self.draft_counters = None
-        if server_args.enable_metrics and get_parallel().tp_rank == 0:
-            name = server_args.served_model_name
-            self.draft_counters = DraftCounters(name, self.settings.num_draft_tokens - 1)
+        self.draft_counters = self.watchdog = None
+        if get_parallel().tp_rank == 0:
+            name = server_args.served_model_name if server_args.enable_metrics else None
+            self.draft_counters = name and DraftCounters(name, self.settings.num_draft_tokens - 1)
+            self.watchdog = Watchdog(report=name and CauseMetrics(name, CAUSES))
 
     @property
     def last_shared_read_runner(self):
@@ -141,7 +143,7 @@ class Step35SpecWorker(BaseSpecWorker):
         result.new_seq_lens = batch.seq_lens
         if on_publish is not None:
             on_publish(result.new_seq_lens)
-        self._count_first_tokens(batch, result.next_token_ids)
+        count_first_tokens(self.store.counts, batch.reqs, result.next_token_ids)
         steps = self.settings.num_steps
         prefill = PrefillPass(batch, self.store, self.req_to_token_pool)
         rows = prefill.rows(result.next_token_ids)
@@ -164,6 +166,8 @@ class Step35SpecWorker(BaseSpecWorker):
         drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
+        if self.watchdog is not None:
+            self.watchdog.begin_round(batch.reqs, drafted)
         width = self._verify_width(offered, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
         chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
@@ -177,7 +181,7 @@ class Step35SpecWorker(BaseSpecWorker):
             outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)
-        self._count_accepted(batch, outcome)
+        count_accepted(self.store.counts, batch.reqs, outcome.tokens, outcome.accept_lens)
         verified = Verified(
             requests=batch.req_pool_indices,
             seq_lens=seq_lens,
@@ -252,6 +256,8 @@ class Step35SpecWorker(BaseSpecWorker):
         offered, accepted = self.depths.observe(num_correct_drafts_per_req)
         if self.draft_counters is not None:
             self.draft_counters.add(offered, accepted)
+        if self.watchdog is not None:
+            self.watchdog.observe(num_correct_drafts_per_req)
 
     def _sampler(self, batch, positions: Tensor, may_stop: bool = False) -> DraftSampler:
         # Where reading a confidence waits for the device, passes run to their planned depth.
@@ -263,23 +269,6 @@ class Step35SpecWorker(BaseSpecWorker):
             stop_rule=self.depths.stop_rule(len(batch.reqs)) if asks else None,
             ranks=self.ranks,
         )
-
-    def _count_first_tokens(self, batch, next_token_ids: Tensor) -> None:
-        for b, req in enumerate(batch.reqs):
-            if PenaltyRule.from_request(req) is not None:
-                index = req.kv.req_pool_idx
-                self.store.counts.begin(index, req)
-                token = next_token_ids[b : b + 1].long()
-                self.store.counts.add(index, req, token, torch.ones_like(token))
-
-    def _count_accepted(self, batch, outcome) -> None:
-        penalised = set()
-        for b, req in enumerate(batch.reqs):
-            if PenaltyRule.from_request(req) is not None:
-                valid = torch.arange(outcome.tokens.shape[1], device=outcome.tokens.device) < outcome.accept_lens[b]
-                penalised.add(req.kv.req_pool_idx)
-                self.store.counts.add(req.kv.req_pool_idx, req, outcome.tokens[b], valid)
-        self.store.counts.forget_except(penalised)
 
     def _idle_input(self) -> EagleDraftInput:
         runner = self._draft_worker.draft_runner

@@ -13,7 +13,9 @@ ROWS = (
         ),
         has(
             "Req",
-            "eos_token_ids full_untruncated_fill_ids kv origin_input_ids output_ids rid sampling_params tokenizer",
+            "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor eos_token_ids "
+            "full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid sampling_params "
+            "tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
@@ -27,7 +29,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.sampling.sampling_params",
-        has("SamplingParams", "custom_params min_new_tokens sampling_seed stop_token_ids"),
+        has("SamplingParams", "custom_params min_new_tokens sampling_seed stop_token_ids top_k"),
     ),
     *module(
         "sglang.srt.model_executor.model_runner",

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.serving.test_mtp import ARGS
-from tests.support import overlap_plugin
 from tests.support.cache_fuzz import SMALL_ARGS
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.nano_model import (
@@ -23,6 +22,7 @@ from tests.support.nano_model import (
     prompts,
     reference,
 )
+from tests.support.plugins import install_plugin
 from tests.support.reference import load_reference
 
 pytestmark = pytest.mark.server
@@ -32,8 +32,7 @@ pytestmark = pytest.mark.server
 def overlapped(serve, tmp_path_factory):
     """With overlap scheduling, as on CUDA, and one more of SGLang's plug-ins to allow it on a CPU."""
     directory = tmp_path_factory.mktemp("plugin")
-    overlap_plugin.install_into(directory)
-    server = serve(*ARGS, PYTHONPATH=str(directory))
+    server = serve(*ARGS, PYTHONPATH=install_plugin("overlap_plugin", directory))
     assert "Overlap schedule is not implemented" not in server.log.read_text()
     return server
 

@@ -4,18 +4,7 @@ SGLang switches it off there, rightly: on a CPU nothing overlaps, and results ar
 worker must bear it all the same.
 """
 
-from pathlib import Path
-
 import torch
-
-
-def install_into(directory: Path) -> None:
-    """Make `directory`, on PYTHONPATH, a place from which SGLang loads this plug-in."""
-    info = directory / "step35_overlap_on_cpu-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: step35-overlap-on-cpu\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\noverlap = overlap_plugin:register\n")
-    (directory / "overlap_plugin.py").write_text(Path(__file__).read_text())
 
 
 def register() -> None:

@@ -30,9 +30,10 @@ class ToyRequest:
     drafts: list[int] = field(default_factory=list)  # checked against the definition
     proposals: list[Tensor] = field(default_factory=list)  # distributions they were drawn from
     relay: tuple[Tensor, Tensor] | None = None  # topk_index [S] and the bonus token, as the scheduler relays them
+    cached_tokens = cached_tokens_host = cached_tokens_storage = retraction_count = 0
     eos_token_ids = tuple(STOPS)
     tokenizer = None
-    grammar = None
+    grammar = custom_logit_processor = None
 
     @property
     def kv(self):
@@ -47,6 +48,7 @@ class ToyRequest:
             repetition_penalty=repetition,
             min_new_tokens=self.min_new_tokens,
             stop_token_ids=None,
+            top_k=-1 if self.temperature else 1,
             custom_params=None if self.limit is None else {"speculative_depth": self.limit},
         )
 
