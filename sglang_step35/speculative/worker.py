@@ -21,6 +21,7 @@ from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import host_reads_are_free, pass_rows, verify_width
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
+from sglang_step35.speculative.grammar import cut_forbidden, drafting_what_is_allowed
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.metrics import DraftCounters
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
@@ -126,7 +127,9 @@ class Step35SpecWorker(BaseSpecWorker):
         prefill.remember(rows, hidden)
         sampler = self._sampler(batch, batch.seq_lens)
         # The scheduler drops what a chunk inside a prompt samples and drafts.
-        self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
+        (final,) = to_device(prefill.final, device=hidden.device)
+        with drafting_what_is_allowed(batch, sampler, result.next_token_ids[:, None], final):
+            self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
         self.store.note_drafts(prefill.pool_idx, len(sampler.drafts), sampler)
         if self.settings.look_ups:
             prefill.begin_texts(result.next_token_ids.tolist())
@@ -138,7 +141,7 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
+        drafted, offered, drafts = self._offer(batch, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
         width = verify_width(offered, self.settings.num_draft_tokens, batch.seq_lens.device)
@@ -163,12 +166,12 @@ class Step35SpecWorker(BaseSpecWorker):
             self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result
 
-    def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
+    def _offer(self, batch, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
         """For each request, the MTP layers' drafts it verifies, all that it verifies, and these: [B, S] or [B, N - 1].
 
         drafts: [B, S], the MTP layers'.
         """
-        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, reqs))
+        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, batch.reqs))
         drafted = list(map(min, counts, limits))
         if drafted != counts:
             (kept,) = to_device(drafted, device=drafts.device)
@@ -181,6 +184,8 @@ class Step35SpecWorker(BaseSpecWorker):
         may_go_on = zip(chains, limits, strict=True)
         found, tokens = self.store.texts.find(pool_idx, [c if limit >= longest else None for c, limit in may_go_on])
         free = not host_reads_are_free(drafts.device)  # the window is as wide without them
+        if not free:
+            found = cut_forbidden(batch, chains, found)
         if any(found) and (free or self.depths.look_ups_pay(drafted, tokens)):
             chains = [chain + more for chain, more in zip(chains, found, strict=True)]
         rows = [chain + [NO_DRAFT] * (longest - len(chain)) for chain in chains]
@@ -205,7 +210,8 @@ class Step35SpecWorker(BaseSpecWorker):
             needed = self.store.lag.rows_needed(pool_idx, width, depth)
             num_rows = pass_rows(needed, self.settings.pass_rows, seq_lens.device)
             rows, hidden = self._window(batch.req_pool_indices, seq_lens, seq_lens_cpu, outcome, num_rows)
-            ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
+            with drafting_what_is_allowed(batch, sampler, outcome.tokens, outcome.accept_lens):
+                ran = self._draft_worker.run(batch, rows, hidden, depth, sampler)
         self.store.lag.note(pool_idx, width, ran)
         self.store.note_drafts(pool_idx, ran, sampler)
         return sampler

@@ -1,6 +1,6 @@
 """What we read of objects that SGLang hands to us, most of which no file imports."""
 
-from sglang_step35.upstream.row import has, module
+from sglang_step35.upstream.row import has, module, takes
 
 ROWS = (
     *module(
@@ -13,7 +13,7 @@ ROWS = (
         ),
         has(
             "Req",
-            "eos_token_ids full_untruncated_fill_ids kv origin_input_ids output_ids rid sampling_params tokenizer",
+            "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids rid sampling_params tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
@@ -22,8 +22,16 @@ ROWS = (
         has(
             "SamplingBatchInfo",
             "device has_custom_logit_processor is_all_greedy is_any_greedy logit_bias min_ps need_min_p_sampling "
-            "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps",
+            "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps vocab_size",
         ),
+    ),
+    *module(
+        "sglang.srt.constrained.base_grammar_backend.BaseGrammarObject",
+        takes("accept_token", "self token"),
+        takes("allocate_vocab_mask", "self vocab_size batch_size device"),
+        takes("fill_vocab_mask", "self vocab_mask idx"),
+        takes("is_terminated", "self"),
+        takes("rollback", "self k"),
     ),
     *module(
         "sglang.srt.sampling.sampling_params",
