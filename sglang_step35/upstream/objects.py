@@ -13,7 +13,8 @@ ROWS = (
         ),
         has(
             "Req",
-            "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids rid sampling_params tokenizer",
+            "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids rid sampling_params "
+            "tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
