@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sglang_step35.assets import NANO
 
 CONFIG = json.loads((NANO / "config.json").read_text())
-VOCAB, EOS = CONFIG["vocab_size"], CONFIG["eos_token_id"]
+VOCAB, EOS, THINK_END = CONFIG["vocab_size"], CONFIG["eos_token_id"], 6
 
 
 @cache
