@@ -10,7 +10,7 @@ from sglang.srt.function_call.base_format_detector import BaseFormatDetector
 from sglang.srt.function_call.core_types import StreamingParseResult, ToolCallItem
 from sglang.srt.parser.reasoning_parser import BaseReasoningFormatDetector
 from sglang.srt.parser.reasoning_parser import StreamingParseResult as ReasoningResult
-from sglang.srt.runtime_context import get_context, get_serving
+from sglang.srt.runtime_context import get_context, get_exec
 
 from sglang_step35.parsers.reasoning import THINK, THINK_END, ReasoningSplitter
 from sglang_step35.parsers.scanner import Event, ToolCallScanner
@@ -203,9 +203,9 @@ class Step35ToolCallDetector(BaseFormatDetector):
     def supports_structural_tag(self) -> bool:
         """Not with llguidance, which compiles no tag of this kind (0.5.23): a call that is required is constrained to
         a JSON array then, which the server parses by itself."""
-        if not get_context().is_config_namespace_published("serving"):
+        if not get_context().is_config_namespace_published("exec"):
             return True
-        return get_serving().grammar_backend != "llguidance"
+        return get_exec().kernel.grammar_backend != "llguidance"
 
 
 def _scanner(tools: list) -> ToolCallScanner:

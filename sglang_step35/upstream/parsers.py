@@ -49,7 +49,7 @@ ROWS = (
     *module(
         "sglang.srt.runtime_context",
         takes("RuntimeContext.is_config_namespace_published", "self name"),
-        takes("get_serving", ""),
+        takes("get_exec", ""),
     ),
     *module(
         "sglang.srt.function_call.core_types",

@@ -78,7 +78,8 @@ def test_with_llguidance_required_calls_are_a_json_array(monkeypatch, choice):
     """SGLang compiles no structural tag of this kind with it, so that every such request would be refused."""
     published = SimpleNamespace(is_config_namespace_published=lambda name: True)
     monkeypatch.setattr(detectors, "get_context", lambda: published)
-    monkeypatch.setattr(detectors, "get_serving", lambda: SimpleNamespace(grammar_backend="llguidance"))
+    kernel = SimpleNamespace(grammar_backend="llguidance")
+    monkeypatch.setattr(detectors, "get_exec", lambda: SimpleNamespace(kernel=kernel))
     parser = FunctionCallParser(TOOLS, "step3p5")
     kind, schema = parser.get_structure_constraint(choice)
     assert kind == "json_schema" and schema["type"] == "array" and not parser.owns_tool_format()

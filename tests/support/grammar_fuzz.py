@@ -16,7 +16,7 @@ OFF_ARGS = (
     *NANO_ARGS, "--dtype", "float32", "--chunked-prefill-size", "64", "--max-running-requests", "16",
     "--constrained-json-disable-any-whitespace", "--grammar-backend",
 )  # fmt: skip
-PATIENCE = 120.0  # seconds
+PATIENCE = 300.0  # seconds
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Random grammars, each with its own judge: JSON schemas (jsonschema), regular expressions and EBNF (regex).
 
-Only what xgrammar and llguidance both enforce, and mostly languages of short texts, so that answers come to an end.
+Only what xgrammar and llguidance both enforce (so of the formats uuid; xgrammar's ipv4 admits 1.0.0.055), and mostly
+languages of short texts, so that answers come to an end.
 """
 
 import json
@@ -13,7 +14,6 @@ import regex
 
 WORDS = ("alpha", "no", "x", "Zürich", "終わり", "a b", "tab\tnew", 'quo"te', "back\\slash", "-1", "")
 NAMES = ("a", "kind", "total count", "näme", "終", 'q"uote', "$x", "0")
-FORMATS = ("uuid", "ipv4")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _string(chance: random.Random) -> dict:
     if kind == 1:
         return {"type": "string", "pattern": f"^{_pattern(chance, 1)}$"}
     if kind == 2:
-        return {"type": "string", "format": chance.choice(FORMATS)}
+        return {"type": "string", "format": "uuid"}
     return {"type": "string", "enum": chance.sample(WORDS, chance.randint(1, 4))}
 
 
@@ -121,22 +121,18 @@ def _matched(option: dict, pattern: str) -> Grammar:
 
 
 def _pattern(chance: random.Random, depth: int) -> str:
-    """Alternatives of sequences of repeated atoms."""
+    """Alternatives of sequences of atoms, repeated, and groups."""
     sequences = [
-        "".join(_atom(chance, depth) + _repeat(chance) for _ in range(chance.randint(1, 3)))
-        for _ in range(chance.choice([1, 1, 2, 3]))
+        "".join(_part(chance, depth) for _ in range(chance.randint(1, 3))) for _ in range(chance.choice([1, 1, 2, 3]))
     ]
     return sequences[0] if len(sequences) == 1 else f"({'|'.join(sequences)})"
 
 
-def _atom(chance: random.Random, depth: int) -> str:
+def _part(chance: random.Random, depth: int) -> str:
     if depth and chance.random() < 0.4:
-        return f"({_pattern(chance, depth - 1)})"
-    return chance.choice(["[a-z]", "[0-9]", "[A-Fé-ü]", r"\d", r"\.", "=", "ok", "def ", "終", r"[^a-z\n]", "(yes|no)"])
-
-
-def _repeat(chance: random.Random) -> str:
-    return chance.choice(["", "", "", "?", "{2}", "{1,4}", "{0,9}", "{3,12}"])
+        return f"({_pattern(chance, depth - 1)})" + chance.choice(["", "", "?", "{2}"])
+    atom = chance.choice(["[a-z]", "[0-9]", "[A-Fé-ü]", r"\d", r"\.", "=", "ok", "def ", "終", r"[^a-z\n]", "(yes|no)"])
+    return atom + chance.choice(["", "", "", "?", "{2}", "{1,4}", "{0,9}", "{3,12}"])
 
 
 def ebnf_grammar(chance: random.Random) -> Grammar:
