@@ -49,7 +49,6 @@ ROWS = (
     *module(
         "sglang.srt.runtime_context",
         takes("RuntimeContext.is_config_namespace_published", "self name"),
-        takes("get_exec", ""),
     ),
     *module(
         "sglang.srt.function_call.core_types",
