@@ -95,7 +95,7 @@ def _constrained(chance: random.Random, number: int, kind: str, sampling: dict, 
     sampling = sampling | grammar.option
     if thinks:
         sampling |= {"logit_bias": {str(THINK_END): LEAVES_THINKING}, "skip_special_tokens": False}
-    elif chance.random() < 0.2:
+    elif chance.random() < 0.4:
         sampling |= {"stop": [chance.choice(STOPS)]}
     body = _native(chance, sampling) | ({"require_reasoning": True} if thinks else {})
     fits, begins = _judges(grammar, thinks)

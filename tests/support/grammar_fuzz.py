@@ -115,7 +115,7 @@ def _outcome(response: requests.Response, thinks: bool) -> Outcome:
     answer = response.json()
     if "choices" in answer:
         reason = answer["choices"][0]["finish_reason"]
-        if reason == "stop" and answer["usage"]["reasoning_tokens"] == answer["usage"]["completion_tokens"]:
+        if reason == "stop" and answer["usage"]["reasoning_tokens"] >= answer["usage"]["completion_tokens"]:
             return Outcome("thinking", answer)
         return Outcome({"length": "length", "abort": "aborted"}.get(reason, "finished"), answer)
     reason = answer["meta_info"]["finish_reason"]

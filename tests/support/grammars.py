@@ -1,7 +1,8 @@
 """Random grammars, each with its own judge: JSON schemas (jsonschema), regular expressions and EBNF (regex).
 
 Only what xgrammar and llguidance both enforce (so of the formats uuid; xgrammar's ipv4 admits 1.0.0.055), and mostly
-languages of short texts, so that answers come to an end.
+languages of short texts, so that answers come to an end. A pattern within a schema has no negated class: in xgrammar's
+one such admits an unescaped quotation mark.
 """
 
 import json
@@ -13,6 +14,8 @@ import jsonschema
 import regex
 
 WORDS = ("alpha", "no", "x", "Zürich", "終わり", "a b", "tab\tnew", 'quo"te', "back\\slash", "-1", "")
+NOT_A_LETTER = r"[^a-z\n]"
+ATOMS = ("[a-z]", "[0-9]", "[A-Fé-ü]", r"\d", r"\.", "=", "ok", "def ", "終", NOT_A_LETTER, "(yes|no)")
 NAMES = ("a", "kind", "total count", "näme", "終", 'q"uote', "$x", "0")
 
 
@@ -85,7 +88,7 @@ def _string(chance: random.Random) -> dict:
         least = chance.randint(0, 4)
         return {"type": "string", "minLength": least, "maxLength": least + chance.randint(0, 8)}
     if kind == 1:
-        return {"type": "string", "pattern": f"^{_pattern(chance, 1)}$"}
+        return {"type": "string", "pattern": f"^{_pattern(chance, 1).replace(NOT_A_LETTER, '[A-Z]')}$"}
     if kind == 2:
         return {"type": "string", "format": "uuid"}
     return {"type": "string", "enum": chance.sample(WORDS, chance.randint(1, 4))}
@@ -131,7 +134,7 @@ def _pattern(chance: random.Random, depth: int) -> str:
 def _part(chance: random.Random, depth: int) -> str:
     if depth and chance.random() < 0.4:
         return f"({_pattern(chance, depth - 1)})" + chance.choice(["", "", "?", "{2}"])
-    atom = chance.choice(["[a-z]", "[0-9]", "[A-Fé-ü]", r"\d", r"\.", "=", "ok", "def ", "終", r"[^a-z\n]", "(yes|no)"])
+    atom = chance.choice(ATOMS)
     return atom + chance.choice(["", "", "", "?", "{2}", "{1,4}", "{0,9}", "{3,12}"])
 
 
