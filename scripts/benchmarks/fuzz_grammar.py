@@ -35,7 +35,7 @@ def main() -> None:
             for backend in options.backends:
                 off: dict[int, Outcome] | None = None
                 for name, args in (("off", (*OFF_ARGS, backend)), ("mtp", mtp_args(backend, options.width))):
-                    report, outcomes = answers(pool, args, parts, off)
+                    report, outcomes = answers(pool, args, backend, parts, off)
                     off = off or outcomes
                     rows.append(row(backend, name, report))
                     show(rows[-1], report)
@@ -57,12 +57,12 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answers(pool: ServerPool, args: tuple[str, ...], parts: list[Stretch], off) -> tuple[Report, dict]:
+def answers(pool: ServerPool, args: tuple[str, ...], backend: str, parts: list[Stretch], off) -> tuple[Report, dict]:
     """One server's, which is stopped again."""
     server = pool.get(*args)
-    report, outcomes = run(server, parts, off)
+    report, outcomes = run(server, backend, parts, off)
     if report.dead_servers:
-        report.problems.append(f"the server's log ends:\n{server.tail()}")
+        report.problems.insert(0, f"the server's log ends:\n{server.tail()}")
     pool.stop_all()
     return report, outcomes
 

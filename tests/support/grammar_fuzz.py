@@ -17,6 +17,11 @@ OFF_ARGS = (
     "--constrained-json-disable-any-whitespace", "--grammar-backend",
 )  # fmt: skip
 PATIENCE = 300.0  # seconds
+# SGLang's own faults (0.5.23), there without speculation, too: kinds of cases that are not asked with this backend.
+KNOWN_FAULTS = {
+    ("llguidance", "starved"): "a grammar in error is asked for one more mask, which ends the server",
+    ("llguidance", "named"): "the schema of a named call's array does not say that its items are objects",
+}
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,17 @@ def healthy(server) -> bool:
         return False
 
 
-def run(server, parts: list[Stretch], off: dict[int, Outcome] | None = None) -> tuple[Report, dict[int, Outcome]]:
+def run(
+    server, backend: str, parts: list[Stretch], off: dict[int, Outcome] | None = None
+) -> tuple[Report, dict[int, Outcome]]:
     """Ask all cases, and the outcomes by their numbers.
 
     off: those of the server without speculation. That one itself answers only what can be compared.
     """
     report, found = Report(), {}
     for part in parts:
-        cases = [case for case in part.cases if off is not None or case.greedy]
+        asked = [case for case in part.cases if (backend, case.kind) not in KNOWN_FAULTS]
+        cases = [case for case in asked if off is not None or case.greedy]
         with ThreadPoolExecutor(part.at_once) as pool:
             outcomes = list(pool.map(lambda case: ask(server, case), cases))
         for case, outcome in zip(cases, outcomes, strict=True):
