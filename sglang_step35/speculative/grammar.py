@@ -15,14 +15,6 @@ from sglang_step35.speculative.device import host_reads_are_free
 _EVERYTHING = -1  # 32 tokens of a mask: all bits set
 
 
-def live_grammar(req):
-    """The request's grammar; None where it has none, or the scheduler is about to end the request.
-
-    It is, where the grammar refuses a token (nothing was allowed); llguidance's then raises at every further question.
-    """
-    return None if req.to_finish else req.grammar
-
-
 class DraftGrammars:
     """A batch's grammars, led ahead of the committed tokens and brought back by `close`.
 
@@ -32,8 +24,8 @@ class DraftGrammars:
     """
 
     def __init__(self, reqs, vocab_size: int):
-        """reqs: SGLang's, at least one with a live grammar, which stands at the last committed token."""
-        self._grammars = {b: grammar for b, req in enumerate(reqs) if (grammar := live_grammar(req)) is not None}
+        """reqs: SGLang's, at least one with a grammar that stands at the last committed token."""
+        self._grammars = {b: req.grammar for b, req in enumerate(reqs) if req.grammar is not None}
         self._steps = dict.fromkeys(self._grammars, 0)
         self._followed = set(self._grammars)
         some = next(iter(self._grammars.values()))
@@ -86,7 +78,7 @@ def drafting_what_is_allowed(batch, sampler, tokens: Tensor, counts: Tensor) -> 
     tokens: [B, N] since the last committed one; counts: [B], how many of them there are. Not where reading them
     would make the host wait in each layer.
     """
-    if not any(map(live_grammar, batch.reqs)) or not host_reads_are_free(tokens.device):
+    if not batch.has_grammar or not host_reads_are_free(tokens.device):
         yield
         return
     sampler.grammars = grammars = DraftGrammars(batch.reqs, batch.sampling_info.vocab_size)
@@ -100,7 +92,7 @@ def drafting_what_is_allowed(batch, sampler, tokens: Tensor, counts: Tensor) -> 
 
 def cut_forbidden(batch, chains: list[list[int]], found: list[list[int]]) -> list[list[int]]:
     """What was looked up behind each request's drafts, up to the first token its grammar forbids."""
-    if not any(found) or not any(map(live_grammar, batch.reqs)):
+    if not batch.has_grammar or not any(found):
         return found
     grammars = DraftGrammars(batch.reqs, batch.sampling_info.vocab_size)
     try:

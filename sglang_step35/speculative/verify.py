@@ -4,7 +4,6 @@ Letters: B requests, N chain tokens (the bonus token and N - 1 drafts), V vocabu
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled
 from sglang_step35.speculative.device import chain_verify_input
-from sglang_step35.speculative.grammar import live_grammar
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.penalties import PenaltyRule, penalise
 from sglang_step35.speculative.ranks import ALONE, Ranks
@@ -72,14 +70,12 @@ class TargetVerifier:
 
     def _mask_grammar(self, batch, logits_output, tree: GrammarTree, barrier) -> None:
         """Forbid what the grammar does not allow; built after the launch, so it overlaps it."""
-        if barrier is not None:
-            barrier()  # may end requests
         mask = build_grammar_vocab_mask(
-            reqs=[SimpleNamespace(grammar=live_grammar(req)) for req in batch.reqs],
+            reqs=batch.reqs,
             tree=tree,
             sampling_info=batch.sampling_info,
             device=logits_output.next_token_logits.device,
-            barrier=None,
+            barrier=barrier,
         )
         if mask is not None:
             mask.apply(logits_output.next_token_logits)

@@ -14,7 +14,7 @@ ROWS = (
         has(
             "Req",
             "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids rid sampling_params "
-            "to_finish tokenizer",
+            "tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),

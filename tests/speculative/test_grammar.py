@@ -35,7 +35,7 @@ def grammar_of(request):
 
 
 def request_with(grammar):
-    return SimpleNamespace(grammar=grammar, to_finish=None)
+    return SimpleNamespace(grammar=grammar)
 
 
 def left(grammars, rows):

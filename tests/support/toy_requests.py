@@ -32,7 +32,7 @@ class ToyRequest:
     relay: tuple[Tensor, Tensor] | None = None  # topk_index [S] and the bonus token, as the scheduler relays them
     eos_token_ids = tuple(STOPS)
     tokenizer = None
-    grammar = to_finish = None
+    grammar = None
 
     @property
     def kv(self):
