@@ -178,4 +178,5 @@ def _parameters(chance: random.Random) -> dict:
 def shown(case: Case) -> str:
     """The request without its prompt."""
     kept = {key: value for key, value in case.body.items() if key not in ("input_ids", "messages", "model")}
-    return f"case {case.number}, {case.kind}: {json.dumps(kept, ensure_ascii=False)}"
+    abort = "" if case.abort_after is None else f", aborted after {case.abort_after:.2f} s"
+    return f"case {case.number}, {case.kind}{abort}: {json.dumps(kept, ensure_ascii=False)}"
