@@ -26,8 +26,8 @@ KNOWN_FAULTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: finished, thinking (the model ended its turn there, where SGLang's grammars do not hold it), length,
-    stopped (by a stop string), refused (4xx), failed (5xx), aborted or dead."""
+    """status: finished, thinking (the model ended its turn there, perhaps by a call, where SGLang's grammars do
+    not hold it), length, stopped (by a stop string), refused (4xx), failed (5xx), aborted or dead."""
 
     status: str
     answer: dict = field(default_factory=dict)
@@ -119,8 +119,8 @@ def _outcome(response: requests.Response, thinks: bool) -> Outcome:
         return Outcome("aborted" if "Abort" in response.text else status, text=response.text[:500])
     answer = response.json()
     if "choices" in answer:
-        reason = answer["choices"][0]["finish_reason"]
-        if reason == "stop" and answer["usage"]["reasoning_tokens"] >= answer["usage"]["completion_tokens"]:
+        reason, usage = answer["choices"][0]["finish_reason"], answer["usage"]
+        if reason in ("stop", "tool_calls") and usage["reasoning_tokens"] >= usage["completion_tokens"]:
             return Outcome("thinking", answer)
         return Outcome({"length": "length", "abort": "aborted"}.get(reason, "finished"), answer)
     reason = answer["meta_info"]["finish_reason"]
