@@ -20,6 +20,18 @@ def require_our_model(resolved, model_config):
         )
 
 
+def complete_grammar_backend(backend, *args, **kwargs) -> None:
+    """after create_grammar_backend: a reasoning wrapper takes three functions from the backend inside it (0.5.23).
+
+    It calls them only where there is no grammar, which needs --enable-strict-thinking, refused for such a backend.
+    """
+    inner = getattr(backend, "grammar_backend", None)
+    if inner is not None:
+        for name in ("allocate_vocab_mask", "move_vocab_mask", "apply_vocab_mask"):
+            if not hasattr(inner, name):
+                setattr(inner, name, None)
+
+
 def mtp_layer_ids(layer_ids, model_architectures, hf_text_config):
     """Sliding and full layer ids of the draft model: all its MTP layers, not one.
 

@@ -4,8 +4,13 @@ import importlib.metadata
 import types
 
 import pytest
+from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend
+from sglang.srt.parser.reasoning_parser import ReasoningParser
+from transformers import AutoTokenizer
 
 from sglang_step35 import hook_functions, hooks, plugin, upstream
+from sglang_step35.assets import NANO
 
 
 def test_entry_points_name_this_package():
@@ -80,6 +85,18 @@ def test_mtp_layers_become_the_draft_models_layers():
     )
     assert hook_functions.mtp_layer_ids(([0], []), ["Step3p5MTP"], config) == ([0, 1], [])
     assert hook_functions.mtp_layer_ids(([0], []), ["LlamaForCausalLM"], config) is None
+
+
+def test_llguidance_compiles_grammars_behind_reasoning():
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    inner = GuidanceBackend(tokenizer, n_vocab=len(tokenizer), eos_token_ids=[tokenizer.eos_token_id])
+    backend = ReasonerGrammarBackend(inner, ReasoningParser("step3p5"), tokenizer)
+    with pytest.raises(AttributeError):
+        backend._init_value_dispatch(("regex", "[a-z]"), True)
+    hook_functions.complete_grammar_backend(backend)
+    hook_functions.complete_grammar_backend(None)
+    grammar = backend._init_value_dispatch(("regex", "[a-z]"), True)
+    assert grammar.grammar is not None and grammar.copy().allocate_vocab_mask(len(tokenizer), 2, "cpu").shape[0] == 2
 
 
 def test_platform_stays_away_from_accelerators(monkeypatch):

@@ -15,6 +15,13 @@ def model_hooks() -> list[Hook]:
     """Which model, layers and drafting serve."""
     return [
         Hook(
+            "sglang.srt.constrained.base_grammar_backend.create_grammar_backend",
+            "after",
+            hook_functions.complete_grammar_backend,
+            why="with a reasoning parser llguidance refuses every grammar: its backend has no `allocate_vocab_mask`",
+            until="ReasonerGrammarBackend asks the backend only for what it has",
+        ),
+        Hook(
             "sglang.srt.model_loader.utils.get_model_architecture",
             "after",
             hook_functions.require_our_model,

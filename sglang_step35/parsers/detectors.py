@@ -10,6 +10,7 @@ from sglang.srt.function_call.base_format_detector import BaseFormatDetector
 from sglang.srt.function_call.core_types import StreamingParseResult, ToolCallItem
 from sglang.srt.parser.reasoning_parser import BaseReasoningFormatDetector
 from sglang.srt.parser.reasoning_parser import StreamingParseResult as ReasoningResult
+from sglang.srt.runtime_context import get_context, get_exec
 
 from sglang_step35.parsers.reasoning import THINK, THINK_END, ReasoningSplitter
 from sglang_step35.parsers.scanner import Event, ToolCallScanner
@@ -102,7 +103,7 @@ class Step35ReasoningDetector(BaseReasoningFormatDetector):
 class Step35ToolCallDetector(BaseFormatDetector):
     """Replaces Qwen3CoderDetector, stock's choice for step3p5.
 
-    Kept: the base class's bookkeeping that the server reads at the end of a stream, and stock's
+    Kept: the base class's bookkeeping that the server reads at the end of a stream, and with xgrammar stock's
     structural tag (same format). Replaced: all parsing, because stock (0.5.23)
     - parses whole and streamed texts by different rules: text after a call is dropped whole,
       kept streamed; the "\\n" of "</tool_call>\\n<tool_call>" is content streamed; a
@@ -196,8 +197,15 @@ class Step35ToolCallDetector(BaseFormatDetector):
     def structure_info(self):
         raise NotImplementedError("step3p5 is constrained by its structural tag")
 
-    def get_structural_tag_name(self) -> str:
-        return "qwen_3_coder"
+    def get_structural_tag_name(self) -> str | None:
+        return "qwen_3_coder" if self.supports_structural_tag() else None
+
+    def supports_structural_tag(self) -> bool:
+        """Not with llguidance, which compiles no tag of this kind (0.5.23): a call that is required is constrained to
+        a JSON array then, which the server parses by itself."""
+        if not get_context().is_config_namespace_published("exec"):
+            return True
+        return get_exec().kernel.grammar_backend != "llguidance"
 
 
 def _scanner(tools: list) -> ToolCallScanner:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sglang_step35.speculative.acceptance import NO_DRAFT, inverse_cdf
 from sglang_step35.speculative.adaptive import StopRule
+from sglang_step35.speculative.grammar import DraftGrammars
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
 
@@ -43,12 +44,15 @@ class DraftSampler:
             streams = torch.arange(_FIRST_DRAFT_STREAM, _FIRST_DRAFT_STREAM + num_steps, device=positions.device)
             self.coins = self.rule.coins(positions.long()[:, None], streams)  # [B, S]
         self.stop_rule = stop_rule
+        self.grammars: DraftGrammars | None = None  # set while a pass keeps to them
         self.drafts: list[Tensor] = []
         self.probs: list[Tensor] = []
         self.confidences: list[list[float]] = []  # per layer and request
 
     def __call__(self, layer: int, logits: Tensor) -> Tensor:
         """Drafts [B] int64 from logits [B, V]."""
+        if self.grammars is not None:
+            logits = self.grammars.mask(logits)
         if self.sampled:
             proposal = self.rule.distribution(logits[:, None]).squeeze(1)
             draft = self.ranks.same(inverse_cdf(proposal, self.coins[:, layer]))
@@ -58,6 +62,9 @@ class DraftSampler:
         if self.stop_rule is not None:
             probs = proposal if self.sampled else logits.float().softmax(-1)
             self.confidences.append(self.ranks.same(probs.gather(1, draft[:, None])).squeeze(1).tolist())
+        if self.grammars is not None:
+            for b, token in enumerate(draft.tolist()):
+                self.grammars.take(b, [token])
         self.drafts.append(draft)
         return draft
 

@@ -27,6 +27,7 @@ from sglang_step35.speculative.device import (
 )
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
+from sglang_step35.speculative.grammar import cut_forbidden, drafting_what_is_allowed
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters
 from sglang_step35.speculative.penalties import count_accepted, count_first_tokens
@@ -151,7 +152,9 @@ class Step35SpecWorker(BaseSpecWorker):
         prefill.remember(rows, hidden)
         sampler = self._sampler(batch, batch.seq_lens)
         # The scheduler drops what a chunk inside a prompt samples and drafts.
-        self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
+        (final,) = to_device(prefill.final, device=hidden.device)
+        with drafting_what_is_allowed(batch, sampler, result.next_token_ids[:, None], final):
+            self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
         self.store.note_drafts(prefill.pool_idx, len(sampler.drafts), sampler)
         if self.settings.look_ups:
             prefill.begin_texts(result.next_token_ids.tolist())
@@ -163,7 +166,7 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        drafted, offered, drafts = self._offer(batch.reqs, pool_idx, draft_input.topk_index)
+        drafted, offered, drafts = self._offer(batch, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
         if self.watchdog is not None:
@@ -203,12 +206,12 @@ class Step35SpecWorker(BaseSpecWorker):
         needed = 1 + max(offered, default=self.settings.num_draft_tokens - 1)
         return verify_width(needed, self.narrow, device)
 
-    def _offer(self, reqs, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
+    def _offer(self, batch, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
         """For each request, the MTP layers' drafts it verifies, all that it verifies, and these: [B, S] or [B, N - 1].
 
         drafts: [B, S], the MTP layers'.
         """
-        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, reqs))
+        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, batch.reqs))
         drafted = list(map(min, counts, limits))
         if drafted != counts:
             (kept,) = to_device(drafted, device=drafts.device)
@@ -220,6 +223,8 @@ class Step35SpecWorker(BaseSpecWorker):
         chains = [chain[:count] for chain, count in zip(drafts.tolist(), drafted, strict=True)]
         may_go_on = zip(chains, limits, strict=True)
         found, tokens = self.store.texts.find(pool_idx, [c if limit >= longest else None for c, limit in may_go_on])
+        if host_reads_are_free(drafts.device):
+            found = cut_forbidden(batch, chains, found)
         more = [chain + added for chain, added in zip(chains, found, strict=True)]
         widths = (self._verify_width(list(map(len, offer)), drafts.device) for offer in (chains, more))
         free = len(set(widths)) == 1
@@ -244,7 +249,9 @@ class Step35SpecWorker(BaseSpecWorker):
             window = window_width(width, self.settings.num_draft_tokens, device)
             needed = self.store.lag.rows_needed(pool_idx, window, depth)
             num_rows = pass_rows(needed, self.settings.pass_rows, device)
-            ran = self._draft_worker.run(batch, RoundWindow(self._reader, verified, window, num_rows), depth, sampler)
+            rows = RoundWindow(self._reader, verified, window, num_rows)
+            with drafting_what_is_allowed(batch, sampler, verified.tokens, verified.accept_lens):
+                ran = self._draft_worker.run(batch, rows, depth, sampler)
         else:
             self._reader.remember(verified)
         self.store.lag.note(pool_idx, width, ran)

@@ -1,6 +1,6 @@
 """What we read of objects that SGLang hands to us, most of which no file imports."""
 
-from sglang_step35.upstream.row import has, module
+from sglang_step35.upstream.row import has, module, takes
 
 ROWS = (
     *module(
@@ -24,8 +24,17 @@ ROWS = (
         has(
             "SamplingBatchInfo",
             "device has_custom_logit_processor is_all_greedy is_any_greedy logit_bias min_ps need_min_p_sampling "
-            "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps",
+            "need_top_k_sampling need_top_p_sampling sampling_seed temperatures top_ks top_ps vocab_size",
         ),
+    ),
+    *module(
+        "sglang.srt.constrained.base_grammar_backend",
+        takes("BaseGrammarObject.accept_token", "self token"),
+        takes("BaseGrammarObject.allocate_vocab_mask", "self vocab_size batch_size device"),
+        takes("BaseGrammarObject.fill_vocab_mask", "self vocab_mask idx"),
+        takes("BaseGrammarObject.is_terminated", "self"),
+        takes("BaseGrammarObject.rollback", "self k"),
+        takes("create_grammar_backend", "server_args tokenizer vocab_size eos_token_ids think_end_ids", hooked=True),
     ),
     *module(
         "sglang.srt.sampling.sampling_params",

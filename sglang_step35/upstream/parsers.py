@@ -36,6 +36,7 @@ ROWS = (
         takes("BaseFormatDetector.finish", "self tools"),
         takes("BaseFormatDetector.structure_info", "self"),
         takes("BaseFormatDetector.get_structural_tag_name", "self"),
+        takes("BaseFormatDetector.supports_structural_tag", "self"),
         has(
             "BaseFormatDetector",
             "current_tool_id current_tool_name_sent prev_tool_call_arr streamed_args_for_tool",
@@ -44,6 +45,10 @@ ROWS = (
     *module(
         "sglang.srt.entrypoints.openai",
         reads("serving_chat", "incomplete_tool_call_indices"),
+    ),
+    *module(
+        "sglang.srt.runtime_context",
+        takes("RuntimeContext.is_config_namespace_published", "self name"),
     ),
     *module(
         "sglang.srt.function_call.core_types",

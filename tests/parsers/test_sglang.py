@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai import serving_chat
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ToolChoice
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.function_call.qwen3_coder_detector import Qwen3CoderDetector
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
-from sglang_step35.parsers import register_parsers
+from sglang_step35.parsers import detectors, register_parsers
 from sglang_step35.parsers.detectors import Step35ReasoningDetector, Step35ToolCallDetector
 from tests.parsers.test_reference import UNFINISHED
 from tests.parsers.test_stock import TOOLS, F, G, f, reason
@@ -71,6 +71,19 @@ def test_structural_tag_is_stocks():
     stock = FunctionCallParser(TOOLS, "qwen3_coder").get_structure_constraint("required")
     assert ours[0] == "structural_tag"
     assert ours[1].model_dump() == stock[1].model_dump()
+
+
+@pytest.mark.parametrize("choice", ["required", ToolChoice(function={"name": TOOLS[0].function.name})])
+def test_with_llguidance_required_calls_are_a_json_array(monkeypatch, choice):
+    """SGLang compiles no structural tag of this kind with it, so that every such request would be refused."""
+    published = SimpleNamespace(is_config_namespace_published=lambda name: True)
+    monkeypatch.setattr(detectors, "get_context", lambda: published)
+    kernel = SimpleNamespace(grammar_backend="llguidance")
+    monkeypatch.setattr(detectors, "get_exec", lambda: SimpleNamespace(kernel=kernel))
+    parser = FunctionCallParser(TOOLS, "step3p5")
+    kind, schema = parser.get_structure_constraint(choice)
+    assert kind == "json_schema" and schema["type"] == "array" and not parser.owns_tool_format()
+    assert parser.get_structure_constraint("auto") is None
 
 
 @pytest.fixture

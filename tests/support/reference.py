@@ -6,7 +6,7 @@ cannot build them (it forgets that sliding layers have more heads) and chains th
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support import plain_mtp as plain
+
+Allowed = Callable[[Sequence[int]], Tensor]
 
 # Checkpoint name -> transformers name, for the parts that differ.
 RENAMES = {
@@ -90,20 +92,27 @@ class Reference:
         return self._draft(self.hidden_before_norm(ids[:-1]), ids, steps)
 
     def speculative_greedy(
-        self, ids: Sequence[int], max_new: int, steps: int, eos: Sequence[int] = ()
+        self, ids: Sequence[int], max_new: int, steps: int, eos: Sequence[int] = (), allowed: Allowed | None = None
     ) -> tuple[list[int], list[int]]:
         """Greedy decoding through drafts, everything recomputed each round.
 
         Returns the new tokens (cut to max_new, and after one of `eos`) and, for each round, how many of its `steps`
         drafts were accepted; a round yields one token more than that. The first token comes from the prompt, before
-        any round.
+        any round. allowed: which tokens [V] may follow an output, for the drafts too.
         """
+
+        def best(row: Tensor, tokens: Sequence[int]) -> int:
+            return int((row if allowed is None else row.where(allowed(tokens[len(ids) :]), -torch.inf)).argmax())
+
         states, logits = self._forward(ids)
-        committed, accepted = [*ids, int(logits[-1].argmax())], []
+        committed, accepted = [*ids, best(logits[-1], ids)], []
         while len(committed) - len(ids) < max_new and committed[-1] not in eos:
-            drafts = self._draft(states[: len(committed) - 1], committed, steps)
+            drafts = self._draft(states[: len(committed) - 1], committed, steps, best)
             states, logits = self._forward([*committed, *drafts])
-            wanted = logits[len(committed) - 1 :].argmax(-1).tolist()  # the backbone's tokens, one more than drafts
+            # The backbone's tokens, one more than drafts.
+            wanted = [
+                best(row, [*committed, *drafts[:count]]) for count, row in enumerate(logits[len(committed) - 1 :])
+            ]
             matches = 0
             while matches < steps and drafts[matches] == wanted[matches]:
                 matches += 1
@@ -150,13 +159,19 @@ class Reference:
         normed = plain.rms_norm(rows, weights["shared_head.norm.weight"], eps)
         return normed @ weights.get("shared_head.output.weight", self.weights["lm_head.weight"]).T
 
-    def _draft(self, states: Tensor, ids: Sequence[int], steps: int) -> list[int]:
+    def _draft(
+        self,
+        states: Tensor,
+        ids: Sequence[int],
+        steps: int,
+        best: Callable[[Tensor, Sequence[int]], int] = lambda row, tokens: int(row.argmax()),
+    ) -> list[int]:
         """`draft` with the states [n, H] of x_0 .. x_{n-1} at hand; ids is x_0 .. x_n."""
         assert len(states) == len(ids) - 1 and steps <= self.num_mtp
         tokens, rows = list(ids), states
         for depth in range(steps):
             rows = self._mtp_rows(depth, rows, tokens)
-            tokens.append(int(self._mtp_head(depth, rows[-1:]).argmax()))
+            tokens.append(best(self._mtp_head(depth, rows[-1:])[0], tokens))
         return tokens[len(ids) :]
 
 
