@@ -13,7 +13,8 @@ ROWS = (
         ),
         has(
             "Req",
-            "eos_token_ids full_untruncated_fill_ids kv origin_input_ids output_ids rid sampling_params tokenizer",
+            "customized_info eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids rid "
+            "sampling_params set_finish_with_abort to_finish tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
@@ -84,6 +85,6 @@ ROWS = (
     ),
     *module(
         "sglang.srt.managers.tokenizer_manager",
-        has("TokenizerManager", "model_config sampling_params_class served_model_name"),
+        has("TokenizerManager", "model_config preferred_sampling_params sampling_params_class served_model_name"),
     ),
 )
