@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 _PAIRS = {'"': '"', "“": "”", "„": "“", "«": "»", "‹": "›", "「": "」", "『": "』", "《": "》"}
 _FENCE, _CODE, _LINE, _CALL = "```", "`", ">", "call"
 _LASTING = (_FENCE, _CALL)
+_MARKS = frozenset("`\n>").union(_PAIRS, _PAIRS.values())
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Scope:
 
     def after(self, text: str) -> "Scope":
         """Further by this text."""
+        if not self.ticks and _MARKS.isdisjoint(text):  # as almost all is
+            return replace(self, fresh=False) if self.fresh and text.strip(" \t") else self
         scope = self
         for char in text:
             scope = replace(scope, ticks=scope.ticks + 1) if char == "`" else _next(_settled(scope), char)

@@ -79,6 +79,8 @@ def admit(manager, obj: GenerateReqInput) -> None:
         _check_range("top_logprobs_num", count, 0, vocabulary)
     for start in _each(obj.logprob_start_len):
         _check_range("logprob_start_len", start, -1, INT32 - 1)
+    if obj.sampling_params is None:
+        obj.sampling_params = {}
     for params in _each(obj.sampling_params):
         if isinstance(params, dict):
             add_servers_params(manager, params)

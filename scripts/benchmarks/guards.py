@@ -1,0 +1,171 @@
+"""What each guard prevents, costs and does without need, on the packaged nano checkpoint with MTP.
+
+    python -m scripts.benchmarks.guards [--prompts 6] [--tokens 192] [--passes 3] [--outputs 200]
+
+One server; a request with a guard and the same without one, in turn. Prevented: tokens of thinking past the budget;
+outputs in which an n-gram stands three times in a row (greedy code, on which nano soon repeats itself); outputs with
+letters of another script (temperature 2.5, at which nano writes any). Cost: the same prompts with the guard's default
+settings, which leave them alone. False alarms: greedy outputs that the guard changed though nothing was wrong in them.
+The reminder changes prompts alone: what the prefix cache gives back in a dialogue with it and without.
+Ends in one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import regex
+from transformers import AutoTokenizer
+
+from scripts.benchmarks.lookup import chats
+from sglang_step35.assets import NANO
+from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, ServerPool
+from sglang_step35.guards import settings
+from sglang_step35.guards.grammar import GuardedGrammar
+from sglang_step35.guards.rules import Rules
+from sglang_step35.guards.vocabulary import vocabulary_of
+from tests.support.nano_model import generate, generate_all, prompts
+from tests.support.plain_guards import repeated
+
+BUDGET, LOOP, TIMES, LONGEST = 32, 20, 3, 64
+EASY = {"reasoning": {"tokens": 4096}, "loop": True, "language": True}  # as they would be left on
+FOREIGN = regex.compile(r"[^\p{Latin}\p{Greek}\p{Common}\p{Inherited}\p{Unknown}]")
+THINK_END = 6
+
+
+def options_of(guards: dict | None) -> dict:
+    return {"custom_params": {"guards": guards}} if guards else {}
+
+
+def thinks_past(answer: dict) -> int:
+    """Tokens of thinking past the budget."""
+    ids = answer["output_ids"]
+    return max(0, (ids.index(THINK_END) if THINK_END in ids else len(ids)) - BUDGET)
+
+
+def loops(answer: dict) -> bool:
+    ids = answer["output_ids"]
+    return any(repeated(ids[:i], LOOP, TIMES, LONGEST) for i in range(LOOP * TIMES, len(ids) + 1))
+
+
+def foreign(answer: dict) -> bool:
+    return bool(FOREIGN.search(answer["text"]))
+
+
+def prevented(server, count: int, tokens: int) -> dict[str, tuple[int, int]]:
+    """For each guard what it prevents, without it and with it."""
+    hot = {"temperature": 2.5, "sampling_seed": 7}
+    tasks: dict[str, tuple[list, dict, Callable, dict]] = {
+        "reasoning": (chats(count), {"reasoning": {"tokens": BUDGET}}, thinks_past, {}),
+        "loop": (prompts()[:count], {"loop": {"tokens": LOOP, "times": TIMES, "longest": LONGEST}}, loops, {}),
+        "language": (prompts()[:count], {"language": True}, foreign, hot),
+    }
+    found = {}
+    for name, (requests, guards, wrong, sampling) in tasks.items():
+        free = generate_all(server, requests, tokens, **sampling)
+        guarded = generate_all(server, requests, tokens, **sampling, **options_of(guards))
+        found[name] = (sum(map(wrong, free)), sum(map(wrong, guarded)))
+    return found
+
+
+def costs(server, count: int, tokens: int, passes: int) -> dict[str, float]:
+    """Tokens a second, one request at a time, by guard; the first pass warms caches up."""
+    variants = {"off": None, **{name: {name: EASY[name]} for name in EASY}, "all three": EASY}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(1 + passes):
+        for name, guards in variants.items():
+            start = time.perf_counter()
+            for ids in prompts()[20 : 20 + count]:
+                generate(server, ids, tokens, **options_of(guards))
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: round(tokens * count / statistics.median(times), 1) for name, times in seconds.items()}
+
+
+def false_alarms(server, count: int, tokens: int) -> dict[str, int]:
+    """Of `count` greedy outputs: changed by a guard, while without it nothing was wrong."""
+    requests = prompts()[:count]
+    free = generate_all(server, requests, tokens)
+    wrong = {"reasoning": lambda answer: False, "loop": loops, "language": foreign}
+    found = {}
+    for name, guards in EASY.items():
+        guarded = generate_all(server, requests, tokens, **options_of({name: guards}))
+        pairs = zip(free, guarded, strict=True)
+        found[name] = sum(a["output_ids"] != b["output_ids"] and not wrong[name](a) for a, b in pairs)
+    return found
+
+
+def dialogue(server, turns: int, guards: dict | None) -> dict[str, int]:
+    """Tokens of the prompts of a dialogue, and how many of them were cached."""
+    messages = [{"role": "system", "content": "You write Python.\nKeep it short."}]
+    total = {"prompt": 0, "cached": 0}
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"{turn}: write def area{turn}("})
+        body = {"model": "step3p5-nano", "messages": messages, "max_tokens": 16, "temperature": 0, "cache_salt": "a"}
+        response = server.post("/v1/chat/completions", body | options_of(guards) | {"reasoning_effort": "none"})
+        answer = response.json()
+        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+        total["prompt"] += answer["usage"]["prompt_tokens"]
+        total["cached"] += (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    return total
+
+
+def host_microseconds(rows: int = 2000) -> dict[str, float]:
+    """Of a row of a window with the published vocabulary's size: a draft accepted, its mask filled, taken back."""
+    tokenizer, text = AutoTokenizer.from_pretrained(NANO), prompts()[0]
+    vocabulary = vocabulary_of(tokenizer, 128_896)
+    found = {}
+    for name in EASY:
+        grammar = GuardedGrammar(Rules(settings.parse({name: EASY[name]}), vocabulary, text))
+        row = grammar.allocate_vocab_mask(vocabulary.size, 1, "cpu")
+        for token in text:
+            grammar.accept_token(token)
+        grammar.fill_vocab_mask(row, 0)  # tables are made with the first row
+        start = time.perf_counter()
+        for i in range(rows):
+            grammar.accept_token(text[i % len(text)])
+            grammar.fill_vocab_mask(row, 0)
+            grammar.rollback(1)
+        found[name] = round((time.perf_counter() - start) / rows * 1e6, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--passes", type=int, default=3, help="measured, after one to warm up")
+    parser.add_argument("--outputs", type=int, default=200, help="for false alarms")
+    options = parser.parse_args()
+    assert AutoTokenizer.from_pretrained(NANO).convert_tokens_to_ids("</think>") == THINK_END
+    host = host_microseconds()
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ServerPool(Path(folder), alive=1)
+        try:
+            server = pool.get(*NANO_ARGS, *MTP_ARGS, "--dtype", "bfloat16")
+            kept = prevented(server, 4 * options.prompts, options.tokens)
+            speed = costs(server, options.prompts, options.tokens // 2, options.passes)
+            alarms = false_alarms(server, options.outputs, options.tokens // 3)
+            talks = {name: dialogue(server, 10, g) for name, g in (("off", None), ("on", {"reminder": {"every": 3}}))}
+        finally:
+            pool.stop_all()
+    print(f"{'guard':12}{'wrong without':>15}{'with':>7}{'tok/s off':>11}{'on':>8}{'ratio':>7}{'false alarms':>14}")
+    for name, (without, with_guard) in kept.items():
+        print(
+            f"{name:12}{without:15}{with_guard:7}{speed['off']:11}{speed[name]:8}{speed[name] / speed['off']:7.2f}"
+            f"{alarms[name]:8} of {options.outputs}"
+        )
+    print("host, microseconds a row: " + ", ".join(f"{name} {cost}" for name, cost in host.items()))
+    print(f"all three: {speed['all three'] / speed['off']:.2f} of the speed without")
+    for name, counts in talks.items():
+        print(f"reminder {name}: {counts['cached']} of {counts['prompt']} prompt tokens of a dialogue were cached")
+    results = {"prevented": kept, "tokens_per_second": speed, "false_alarms": alarms, "reminder": talks, "host": host}
+    print(json.dumps({"bench": "guards", "outputs": options.outputs, **results}))
+
+
+if __name__ == "__main__":
+    main()
