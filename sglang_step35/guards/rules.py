@@ -74,14 +74,14 @@ class Rules:
         return found
 
     def _scope(self, scope: Scope, token: int, spelled: str) -> Scope:
-        if token in (self._vocabulary.call, self._vocabulary.call_end):
-            return scope.call(token == self._vocabulary.call)
+        if token in (self._tags.call, self._tags.call_end):
+            return scope.call(token == self._tags.call)
         return scope.after(spelled)
 
     def _judged(self, state: State, at: int) -> State:
         """With what the guards make of it: the way out of `<think>`, or periods that must not go on.
 
-        Nothing is done inside a character.
+        Nothing is done inside a character, and nothing leads out of a tool call.
         """
         thinking, periods = state.thinking, state.periods
         if state.pending or thinking.forced:
@@ -89,7 +89,7 @@ class Rules:
         event: dict = {"guard": "loop" if periods else "reasoning", "at": at}
         if periods:
             event["period"] = periods[0]
-        if not thinking.inside:
+        if not thinking.inside or thinking.calling:
             return replace(state, event=event | {"did": "forbade the next repetition"}) if periods else state
         line = self._line(state)
         if line is None:

@@ -10,19 +10,23 @@ class Thinking:
     """State after some tokens.
 
     inside: within `<think>`. used: tokens generated there. forced: token ids that must follow, the last one `</think>`.
+    calling: within a tool call, which the model sometimes begins before `</think>`.
     """
 
     inside: bool
     used: int = 0
     forced: tuple[int, ...] = ()
+    calling: bool = False
 
 
 @dataclass(frozen=True)
 class Tags:
-    """Token ids of `<think>` and `</think>`."""
+    """Token ids of `<think>`, `</think>` and, where they are tokens, `<tool_call>` and `</tool_call>`."""
 
     start: int
     end: int
+    call: int | None = None
+    call_end: int | None = None
 
 
 def starts_inside(prompt: list[int], tags: Tags) -> bool:
@@ -35,6 +39,8 @@ def starts_inside(prompt: list[int], tags: Tags) -> bool:
 
 def after(state: Thinking, token: int, tags: Tags) -> Thinking:
     """State after one more token."""
+    if token in (tags.call, tags.call_end):
+        state = replace(state, calling=token == tags.call)
     if token == tags.end:
         return replace(state, inside=False, forced=())
     if not state.inside:
@@ -44,5 +50,5 @@ def after(state: Thinking, token: int, tags: Tags) -> Thinking:
 
 
 def spent(state: Thinking, budget: ReasoningBudget) -> bool:
-    """Whether nothing is left of the budget and nothing leads out yet."""
-    return state.inside and not state.forced and state.used >= budget.tokens
+    """Whether nothing is left of the budget."""
+    return state.used >= budget.tokens

@@ -11,6 +11,7 @@ from sglang_step35.parsers.reasoning import THINK, THINK_END
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
+_Decoder = codecs.getincrementaldecoder("utf-8")
 READ = 8192  # tokens at the end of a message that say which scripts it uses
 
 
@@ -20,9 +21,9 @@ class Vocabulary:
     def __init__(self, tokenizer, size: int):
         self.tokenizer = tokenizer
         self.size = size
-        self.call, self.call_end = self.token(CALL), self.token(CALL_END)
         self._bytes = {letter: byte for byte, letter in bytes_to_unicode().items()}
         self._added = tokenizer.added_tokens_decoder
+        self._count = len(tokenizer)
         self._known: dict[int, bytes] = {}
 
     def token(self, text: str) -> int | None:
@@ -35,7 +36,7 @@ class Vocabulary:
         start, end = self.token(THINK), self.token(THINK_END)
         if start is None or end is None:
             raise GuardError(f"guards: this tokenizer has no tokens for {THINK} and {THINK_END}")
-        return Tags(start, end)
+        return Tags(start, end, self.token(CALL), self.token(CALL_END))
 
     def leads_out(self, line: str) -> tuple[int, ...]:
         """A line on its own and `</think>`, as tokens; without a line the tag alone."""
@@ -56,7 +57,7 @@ class Vocabulary:
         if token in self._added:
             added = self._added[token]
             return b"" if added.special else added.content.encode()
-        letters = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
+        letters = self.tokenizer.convert_ids_to_tokens(token) if token < self._count else None
         return bytes(map(self._bytes.__getitem__, letters or ""))
 
     def last_user_message(self, prompt: list[int]) -> str:
@@ -79,5 +80,5 @@ def vocabulary_of(tokenizer, size: int) -> Vocabulary:
 
 def spell(text: bytes) -> tuple[str, bytes]:
     """The characters that bytes of UTF-8 spell, without invalid ones, and the beginning of one that they end with."""
-    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    decoder = _Decoder("ignore")
     return decoder.decode(text), decoder.getstate()[0]

@@ -19,6 +19,7 @@ from tests.support.toy_tokenizer import toy_tokenizer
 TOKENIZER = toy_tokenizer()
 V = len(TOKENIZER)
 THINK, THINK_END = TOKENIZER.convert_tokens_to_ids(["<think>", "</think>"])
+CALLS = TOKENIZER.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
 PROMPT = TOKENIZER("<|im_start|>user\nслово<|im_end|>\n<|im_start|>assistant\n<think>\n")["input_ids"]
 BUDGET = {"reasoning": {"tokens": 9, "line": "Genug."}}
 LOOP = {"loop": {"tokens": 2, "times": 3, "longest": 7, "line": "Immer dasselbe."}}
@@ -44,7 +45,7 @@ class Model:
 
     def __init__(self, seed: int):
         self.seed = seed
-        often = [THINK, THINK_END, *TOKENIZER(' "`>\n', add_special_tokens=False)["input_ids"]]
+        often = [THINK, THINK_END, *CALLS, *TOKENIZER(' "`>\n', add_special_tokens=False)["input_ids"]]
         self.often = torch.tensor([v for v in range(V) if v in often or len(token_bytes(TOKENIZER)[v]) == 1])
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
@@ -144,6 +145,18 @@ def test_events_say_what_was_done_and_where():
     assert grammar.events[last[0]["at"] + 1 :] == [] and len(grammar.events[0:]) == 2
     grammar.rollback(1)
     assert len(grammar.events[0:]) == 1
+
+
+def test_a_call_inside_the_thinking_is_not_cut():
+    grammar = guarded(BUDGET | {"loop": {"tokens": 1, "times": 2, "line": "Halt."}})
+    different = TOKENIZER.convert_tokens_to_ids(list("abcdefghijklm"))
+    for token in [*different[:3], CALLS[0], *different[3:]]:
+        grammar.accept_token(token)
+    assert grammar.events[0:] == [] and len(left(grammar)) > 100
+    grammar.accept_token(different[-1])
+    assert [event["did"] for event in grammar.events[0:]] == ["forbade the next repetition"]
+    grammar.accept_token(CALLS[1])
+    assert [event["did"] for event in grammar.events[0:]][1:] == ["ended the thinking"] and len(left(grammar)) == 1
 
 
 def test_no_thinking_at_all_is_an_event_of_the_first_token():

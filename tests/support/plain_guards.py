@@ -11,6 +11,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 THINK, THINK_END = "<think>", "</think>"
+CALLS = ("<tool_call>", "</tool_call>")
 PAIRS = dict(zip('"“„«‹「『《', '"”“»›」』》', strict=True))
 
 
@@ -29,7 +30,9 @@ def guarded_greedy(
     while len(output) < count:
         whole = not pending(b"".join(token_bytes(tokenizer)[token] for token in output))
         periods = repeated(output, *loop[:3]) if loop and whole else []
-        if inside and not forced and whole:
+        calls = [tokenizer.decode(token) for token in output if tokenizer.decode(token) in CALLS]
+        thinking = inside and calls[-1:] != [CALLS[0]]
+        if thinking and not forced and whole:
             if periods:
                 forced = way_out(tokenizer, loop[3])
             elif budget and used >= budget[0]:
@@ -38,7 +41,7 @@ def guarded_greedy(
             token = forced.pop(0)
         else:
             row = logits(prompt + output).clone()
-            if periods and not inside:
+            if periods and not thinking:
                 row[[output[-period] for period in periods]] = -torch.inf
             if scripts and not inside and not quoted(answer.decode(errors="ignore")):
                 row[foreign(tokenizer, answer, scripts)] = -torch.inf
