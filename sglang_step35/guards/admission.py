@@ -1,11 +1,6 @@
 """Where a request gets its guards: when SGLang has settled its grammar, before it waits for its prefill."""
 
-from sglang.srt.runtime_context import get_exec
-
 from sglang_step35.guards import settings
-from sglang_step35.guards.grammar import GuardedGrammar
-from sglang_step35.guards.rules import Rules
-from sglang_step35.guards.vocabulary import vocabulary_of
 from sglang_step35.names import GUARDS_PARAM
 
 
@@ -28,21 +23,24 @@ def _guard(grammar_manager, req) -> None:
     try:
         guards = settings.parse(given)
         if guards.act_on_tokens:
-            _check_backend()
-            rules = Rules(guards, _vocabulary(grammar_manager.scheduler), req.origin_input_ids)
-            req.grammar = GuardedGrammar(rules, req.grammar)
+            req.grammar = _guarded(guards, grammar_manager.scheduler, req)
             req.customized_info = {GUARDS_PARAM: req.grammar.events}
     except settings.GuardError as error:
         req.set_finish_with_abort(str(error))
 
 
-def _vocabulary(scheduler):
+def _guarded(guards: settings.Guards, scheduler, req):
+    """The request's grammar with these guards around it; raises GuardError where there can be none."""
+    from sglang.srt.runtime_context import get_exec
+
+    from sglang_step35.guards.grammar import GuardedGrammar
+    from sglang_step35.guards.rules import Rules
+    from sglang_step35.guards.vocabulary import vocabulary_of
+
     if scheduler.tokenizer is None:
         raise settings.GuardError("guards need the tokenizer: start the server without --skip-tokenizer-init")
-    return vocabulary_of(scheduler.tokenizer, scheduler.model_config.vocab_size)
-
-
-def _check_backend() -> None:
     # Its masks have another layout, and a batch has one mask for all grammars.
     if get_exec().kernel.grammar_backend == "outlines":
         raise settings.GuardError("guards need --grammar-backend xgrammar, llguidance or none, not outlines")
+    vocabulary = vocabulary_of(scheduler.tokenizer, scheduler.model_config.vocab_size)
+    return GuardedGrammar(Rules(guards, vocabulary, req.origin_input_ids), req.grammar)

@@ -9,6 +9,7 @@ from collections import deque
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from sglang.srt.utils.common import is_pin_memory_available
 from torch import Tensor
 
@@ -20,7 +21,10 @@ HISTORY = 256  # states kept, more than the drafts of any window
 
 
 class GuardedGrammar(BaseGrammarObject):
-    """Replaces nothing; kept: the request's own grammar, which may be None and counts more than any guard."""
+    """Replaces nothing; kept: the request's own grammar, which may be None and counts more than any guard, and how
+    SGLang applies the masks of xgrammar and llguidance, which these are like."""
+
+    apply_vocab_mask = XGrammarGrammar.apply_vocab_mask
 
     def __init__(self, rules: Rules, grammar: BaseGrammarObject | None = None):
         super().__init__()
@@ -74,9 +78,6 @@ class GuardedGrammar(BaseGrammarObject):
 
     def move_vocab_mask(self, vocab_mask: Tensor, device) -> Tensor:
         return vocab_mask.to(device, non_blocking=True)
-
-    def apply_vocab_mask(self, logits: Tensor, vocab_mask: Tensor) -> None:
-        mask.apply(logits, vocab_mask)
 
     def _note(self) -> None:
         if self._states[-1].event is not None:

@@ -41,13 +41,6 @@ def narrow(row: Tensor, rule: Tensor) -> bool:
     return True
 
 
-def apply(logits: Tensor, masks: Tensor) -> None:
-    """Minus infinity in logits [N, V] where masks [N, W] allow nothing."""
-    shifts = torch.arange(32, device=masks.device, dtype=torch.int32)
-    allowed = (masks[:, :, None] >> shifts & 1).bool().flatten(1)[:, : logits.shape[1]]
-    logits.masked_fill_(~allowed, float("-inf"))
-
-
 def _bit(token: int) -> int:
     """The token's bit as an int32."""
     bit = 1 << token % 32

@@ -16,6 +16,10 @@ ROWS = (
         has("BaseGrammarObject", "_finished current_token finished"),
     ),
     *module(
+        "sglang.srt.constrained.xgrammar_backend",
+        takes("XGrammarGrammar.apply_vocab_mask", "self logits vocab_mask"),
+    ),
+    *module(
         "sglang.srt.constrained.grammar_manager",
         takes("GrammarManager.process_req_with_grammar", "self req", hooked=True),
         takes("GrammarManager.get_ready_grammar_requests", "self", hooked=True),

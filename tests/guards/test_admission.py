@@ -5,6 +5,7 @@ from array import array
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt import runtime_context
 
 from sglang_step35.guards import admission
 from sglang_step35.guards.grammar import GuardedGrammar
@@ -14,7 +15,7 @@ from tests.support.toy_tokenizer import toy_tokenizer
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
     kernel = SimpleNamespace(grammar_backend="xgrammar")
-    monkeypatch.setattr(admission, "get_exec", lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: SimpleNamespace(kernel=kernel))
     return kernel
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import xgrammar
 
 from sglang_step35.guards import mask
 
@@ -30,13 +29,3 @@ def test_rules_narrow_a_row_but_never_leave_it_empty():
     row = mask.only(7, mask.words(V)) | mask.only(64, mask.words(V))
     assert mask.narrow(row, mask.all_but({7}, mask.words(V))) and allowed(row) == {64}
     assert not mask.narrow(row, mask.only(7, mask.words(V))) and allowed(row) == {64}
-
-
-def test_logits_are_masked_as_xgrammar_does():
-    chance = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, V, generator=chance)
-    masks = torch.randint(-(2**31), 2**31, (4, mask.words(V)), dtype=torch.int32, generator=chance)
-    expected = logits.clone()
-    xgrammar.apply_token_bitmask_inplace(expected, masks, backend="cpu")
-    mask.apply(logits, masks)
-    assert torch.equal(logits, expected) and logits.isinf().any()
