@@ -69,7 +69,7 @@ def test_greedy_output_is_the_plain_loops(server, name):
     for ids, answer in zip(requests(), answers, strict=True):
         check(name, ids, answer["output_ids"])
     free = generate_all(server, requests(), COUNT)
-    assert sum(a["output_ids"] != b["output_ids"] for a, b in zip(free, answers, strict=True)) > 1, "it had work to do"
+    assert any(a["output_ids"] != b["output_ids"] for a, b in zip(free, answers, strict=True)), "it had work to do"
     told = [event for a in answers for event in a["meta_info"]["guards"]]
     assert told or name == "language"
 
