@@ -3,7 +3,7 @@
     python -m scripts.benchmarks.guards [--prompts 6] [--tokens 192] [--passes 3] [--outputs 200]
 
 One server; a request with a guard and the same without one, in turn. Prevented: outputs that think past the budget
-(code as thinking); outputs in which an n-gram stands three times in a row (greedy code, on which nano soon repeats
+(code as thinking); outputs in which an n-gram stands four times in a row (greedy code, on which nano soon repeats
 itself); outputs with letters of another script (a bias towards the bytes of Cyrillic, of which nano knows nothing).
 Cost: the same prompts with the guard's default settings, which leave them alone. False alarms: greedy outputs that
 the guard changed though nothing was wrong in them.
@@ -54,9 +54,15 @@ def thinks_on(answer: dict) -> bool:
     return THINK_END not in answer["output_ids"][: BUDGET + len(way_out(tokenizer(), LINE))]
 
 
-def loops(answer: dict) -> bool:
+def repeats(answer: dict, times: int = TIMES) -> bool:
+    """Whether an n-gram stands so often in a row."""
     ids = answer["output_ids"]
-    return any(repeated(ids[:i], LOOP, TIMES, LONGEST) for i in range(LOOP * TIMES, len(ids) + 1))
+    return any(repeated(ids[:i], LOOP, times, LONGEST) for i in range(LOOP * times, len(ids) + 1))
+
+
+def loops(answer: dict) -> bool:
+    """Whether one stands once more than the guard lets pass."""
+    return repeats(answer, TIMES + 1)
 
 
 def foreign(answer: dict) -> bool:
@@ -67,7 +73,7 @@ def prevented(server, count: int, tokens: int) -> dict[str, tuple[int, int]]:
     """For each guard the outputs that were wrong without it and with it."""
     code = prompts()[:count]
     opening = tokenizer()("<|im_start|>assistant\n<think>\n")["input_ids"]
-    cyrillic = {str(v): 7.0 for v, spelled in enumerate(token_bytes(tokenizer())) if spelled[:1] in _CYRILLIC}
+    cyrillic = {str(v): 15.0 for v, spelled in enumerate(token_bytes(tokenizer())) if spelled[:1] in _CYRILLIC}
     tasks: dict[str, tuple[list, dict, Callable, dict]] = {
         "reasoning": ([opening + ids for ids in code], {"reasoning": {"tokens": BUDGET, "line": LINE}}, thinks_on, {}),
         "loop": (code, {"loop": {"tokens": LOOP, "times": TIMES}}, loops, {}),
@@ -99,7 +105,7 @@ def false_alarms(server, count: int, tokens: int) -> dict[str, int]:
     """Of `count` greedy outputs: changed by a guard, while without it nothing was wrong."""
     requests = prompts()[:count]
     free = generate_all(server, requests, tokens)
-    wrong = {"reasoning": lambda answer: False, "loop": loops, "language": foreign}
+    wrong = {"reasoning": lambda answer: False, "loop": repeats, "language": foreign}
     found = {}
     for name, guards in EASY.items():
         guarded = generate_all(server, requests, tokens, **options_of({name: guards}))
