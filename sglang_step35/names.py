@@ -18,6 +18,7 @@ ATTENTION_BACKEND = "step35_portable"  # value of --attention-backend
 PACKED_METHOD = "packed"  # what our quantisation calls itself
 TREE_CORE = "step35_lookahead"
 DEPTH_PARAM = "speculative_depth"  # in a request's `custom_params`
+GUARDS_PARAM = "guards"  # there too, and in an answer's `meta_info`
 
 
 def is_ours(config) -> bool:

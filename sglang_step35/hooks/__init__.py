@@ -32,4 +32,5 @@ def all_hooks() -> list[Hook]:
     from sglang.srt.platforms import current_platform
 
     by_platform = portable_hooks() if current_platform.is_out_of_tree() else model.cuda_hooks()
-    return [*model.model_hooks(), *model.gguf_hooks(), *model.cache_hooks(), *http_hooks(), *by_platform]
+    everywhere = (model.model_hooks, model.guard_hooks, model.gguf_hooks, model.cache_hooks, http_hooks)
+    return [*(hook for hooks in everywhere for hook in hooks()), *by_platform]

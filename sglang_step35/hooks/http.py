@@ -11,6 +11,7 @@ def http_hooks() -> list[Hook]:
     """What a request may ask, and how each API answers."""
     from sglang_step35.http.admission import generate
     from sglang_step35.http.anthropic import CountTokensRequest, MessagesRequest, Step35AnthropicServing
+    from sglang_step35.http.guards import to_internal_request
     from sglang_step35.http.middleware import install as install_error_format
     from sglang_step35.http.ollama import Step35OllamaServing
     from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
@@ -25,6 +26,13 @@ def http_hooks() -> list[Hook]:
             generate,
             why="what a request may ask is checked nowhere whole before the scheduler dies of it",
             until="SGLang checks every field before the scheduler",
+        ),
+        Hook(
+            "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+            "around",
+            to_internal_request,
+            why="stock passes over reasoning_effort for this model, and only there the messages are still whole",
+            until="SGLang hands a request to its plug-ins before it renders it",
         ),
         Hook(
             "sglang.srt.utils.common.set_uvicorn_logging_configs",

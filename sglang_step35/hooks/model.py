@@ -6,6 +6,7 @@ from sglang_step35.hooks.hook import Hook
 _DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _ALGORITHM = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 _ADAPTIVE = "sglang.srt.speculative.adaptive_spec_params"
+_GRAMMARS = "sglang.srt.constrained.grammar_manager.GrammarManager"
 _GGUF = "sglang.srt.utils.hf_transformers.gguf_native"
 _RADIX_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _TREE_CORES = "sglang.srt.mem_cache.unified_cache.tree_core_registry"
@@ -63,6 +64,18 @@ def model_hooks() -> list[Hook]:
             why="the factory of draft backends does not ask the registry of attention backends",
             until="it does",
         ),
+    ]
+
+
+def guard_hooks() -> list[Hook]:
+    """Guards stand around a request's grammar, so that whatever applies grammars applies them."""
+    from sglang_step35.guards.admission import guard_ready_requests, guard_request
+
+    why = "a request has a grammar only when it asks for one by SGLang's own fields"
+    until = "SGLang lets a plug-in give a request a grammar"
+    return [
+        Hook(f"{_GRAMMARS}.process_req_with_grammar", "after", guard_request, why=why, until=until),
+        Hook(f"{_GRAMMARS}.get_ready_grammar_requests", "after", guard_ready_requests, why=why, until=until),
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import GenerateReqInput, SessionParams
 
+from sglang_step35.http.guards import add_servers_params
 from sglang_step35.names import DEPTH_PARAM
 
 REFUSED = "sglang_step35.refused"  # key of the ASGI scope
@@ -78,7 +79,11 @@ def admit(manager, obj: GenerateReqInput) -> None:
         _check_range("top_logprobs_num", count, 0, vocabulary)
     for start in _each(obj.logprob_start_len):
         _check_range("logprob_start_len", start, -1, INT32 - 1)
+    if obj.sampling_params is None:
+        obj.sampling_params = {}
     for params in _each(obj.sampling_params):
+        if isinstance(params, dict):
+            add_servers_params(manager, params)
         check_sampling(params, manager.sampling_params_class)
         for token in _each(params.get("stop_token_ids")):
             # min_new_tokens indexes the logits with them.

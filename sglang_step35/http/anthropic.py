@@ -9,6 +9,7 @@ from sglang.srt.entrypoints.anthropic import protocol
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 
 from sglang_step35 import names
+from sglang_step35.names import GUARDS_PARAM
 
 KNOWN_DISPLAYS = ("summarized", "omitted")
 
@@ -46,6 +47,7 @@ class Step35AnthropicServing(AnthropicServing):
     - refuses or ignores `thinking: disabled`: Step-3.5 reasons anyway, so the thinking is left
       out of the answer instead (of this model's only);
     - reports a stop sequence as "end_turn", without naming it;
+    - passes over `thinking.budget_tokens`, which a guard keeps;
     - leaves out images that it cannot translate, and counts the tokens of a request with images, for a text model.
     """
 
@@ -56,7 +58,14 @@ class Step35AnthropicServing(AnthropicServing):
             _refuse_images(anthropic_request.messages)
         if self._hides(anthropic_request):
             anthropic_request = anthropic_request.model_copy(update={"thinking": None})
-        return super()._convert_to_chat_completion_request(anthropic_request)
+        budget, thinking = None, anthropic_request.thinking
+        if thinking is not None and thinking.budget_tokens is not None and self._always_reasons:
+            budget, thinking = thinking.budget_tokens, thinking.model_copy(update={"budget_tokens": None})
+            anthropic_request = anthropic_request.model_copy(update={"thinking": thinking})
+        chat = super()._convert_to_chat_completion_request(anthropic_request)
+        if budget is not None:
+            chat.custom_params = {GUARDS_PARAM: {"reasoning": {"tokens": budget}}}
+        return chat
 
     def _hides(self, anthropic_request) -> bool:
         thinking = anthropic_request.thinking

@@ -25,6 +25,7 @@ from sglang_step35.http.errors import (
     readable,
     validation_message,
 )
+from sglang_step35.http.guards import servers_params
 from sglang_step35.http.size import PROBLEM, TOO_LARGE, declares_too_much, drain, limited
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,10 @@ def install(_result=None, server_args=None) -> None:
     Every API reports the prompt tokens that the prefix cache held, as with `--enable-cache-report`.
     """
     from sglang.srt.entrypoints.http_server import app
-    from sglang.srt.runtime_context import get_context
+    from sglang.srt.runtime_context import get_context, get_serving
 
     get_context().override("sglang_step35.http", enable_cache_report=True)
+    servers_params(get_serving().preferred_sampling_params)  # what it cannot be should not wait for a request
     if any(entry.cls is ErrorFormat for entry in app.user_middleware):
         return
     app.add_middleware(ErrorFormat)

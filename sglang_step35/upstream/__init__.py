@@ -8,6 +8,7 @@ registers anything; the test suite checks all of them, and that the package uses
 from sglang_step35.upstream import (
     attention,
     graphs,
+    guards,
     hicache,
     http,
     model,
@@ -29,6 +30,7 @@ TABLE: tuple[Upstream, ...] = (
     *attention.ROWS,
     *speculative.ROWS,
     *graphs.ROWS,
+    *guards.ROWS,
     *hicache.ROWS,
     *objects.ROWS,
     *http.ROWS,

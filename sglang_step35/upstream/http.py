@@ -48,6 +48,7 @@ ROWS = (
     # OpenAI, to whose endpoints the others translate.
     *module(
         "sglang.srt.entrypoints.openai.serving_chat",
+        takes("OpenAIServingChat._convert_to_internal_request", "self request raw_request", hooked=True),
         takes("OpenAIServingChat._generate_chat_stream", "self adapted_request request raw_request"),
     ),
     *module(
@@ -56,7 +57,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.entrypoints.openai.protocol",
-        has("ChatCompletionRequest", "messages tools"),
+        has("ChatCompletionRequest", "custom_params messages reasoning_effort tools"),
         has("CompletionRequest", "prompt model_fields"),
     ),
     # Ollama.

@@ -13,9 +13,9 @@ ROWS = (
         ),
         has(
             "Req",
-            "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor eos_token_ids "
+            "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor customized_info eos_token_ids "
             "full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid sampling_params "
-            "tokenizer",
+            "set_finish_with_abort to_finish tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
@@ -96,6 +96,6 @@ ROWS = (
     ),
     *module(
         "sglang.srt.managers.tokenizer_manager",
-        has("TokenizerManager", "model_config sampling_params_class served_model_name"),
+        has("TokenizerManager", "model_config preferred_sampling_params sampling_params_class served_model_name"),
     ),
 )

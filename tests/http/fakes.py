@@ -23,6 +23,7 @@ def tokenizer_manager(architecture: str = "Step3p5ForCausalLM") -> SimpleNamespa
         model_config=SimpleNamespace(vocab_size=VOCABULARY, hf_config=hf_config, is_multimodal=False, context_len=4096),
         sampling_params_class=SamplingParams,
         served_model_name=MODEL,
+        preferred_sampling_params=None,
         create_abort_task=lambda request: None,
     )
 

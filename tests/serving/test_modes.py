@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.serving import test_guards
 from tests.serving.test_mtp import ARGS
 from tests.support.cache_fuzz import SMALL_ARGS
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -58,6 +59,15 @@ def test_with_overlap_penalties_and_grammars_see_every_token(overlapped):
     pattern = r"[a-z]{3,8}=[0-9]{2,12};"
     for answer in generate_all(overlapped, prompts()[:4], 40, regex=pattern, ignore_eos=False):
         assert re.fullmatch(pattern, answer["text"])
+
+
+def test_with_overlap_guards_see_every_token(overlapped):
+    for name, (guards, _) in test_guards.GUARDS.items():
+        wanted = test_guards.requests()
+        for ids, answer in zip(
+            wanted, generate_all(overlapped, wanted, 32, custom_params={"guards": guards}), strict=True
+        ):
+            test_guards.check(name, ids, answer["output_ids"])
 
 
 @pytest.fixture(scope="module")
