@@ -56,7 +56,7 @@ ROWS = (
         has(
             "ServerArgs",
             "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "
-            "page_size sleep_on_idle swa_full_tokens_ratio",
+            "page_size sleep_on_idle swa_full_tokens_ratio host port enable_http_worker_reuseport",
         ),
         has(
             "ServerArgs",

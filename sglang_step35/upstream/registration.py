@@ -154,9 +154,10 @@ ROWS = (
     ),
     *module(
         "sglang.srt.mem_cache.memory_pool",
+        takes("MHATokenToKVPool._create_buffers", "self"),
         takes("MHATokenToKVPool._init_kv_copy_and_warmup", "self"),
         takes("MHATokenToKVPool.move_kv_cache", "self tgt_loc src_loc"),
-        has("MHATokenToKVPool", "k_buffer v_buffer _kv_copy_config"),
+        has("MHATokenToKVPool", "k_buffer v_buffer size _kv_copy_config"),
     ),
     *module(
         "sglang.srt.mem_cache.allocation",

@@ -24,6 +24,7 @@ def tokenizer_manager(architecture: str = "Step3p5ForCausalLM") -> SimpleNamespa
         sampling_params_class=SamplingParams,
         served_model_name=MODEL,
         create_abort_task=lambda request: None,
+        gracefully_exit=False,
     )
 
 
