@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from scripts.benchmarks.soak import checks
 from scripts.benchmarks.soak.traffic import CONTEXT, Traffic
 from sglang_step35.bench.load import Endpoint, connect, run_sessions
-from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, Server
+from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, Server, ServerFailed
 from sglang_step35.bench.workloads import WORKLOADS, Sizes, sessions
 from tests.support.clients import MODEL
 from tests.support.nano_model import generate, greedy, prompts
@@ -78,7 +78,7 @@ def soak(server: Server, minutes: float, period: float, seed: int = 0, say: Call
 
 
 def _period(server: Server, found: Soak, minutes: float, seed: int) -> Traffic:
-    """Load, odd requests and canaries side by side until the time is over."""
+    """Load, odd requests and canaries side by side until the time is over. Raises ServerFailed when the server ends."""
     stop, traffic = threading.Event(), Traffic(server, seed)
     timer = threading.Timer(60 * minutes, stop.set)
     timer.start()
@@ -86,6 +86,8 @@ def _period(server: Server, found: Soak, minutes: float, seed: int) -> Traffic:
         parts = [pool.submit(traffic.run, stop), pool.submit(traffic.run, stop)]
         parts.append(pool.submit(lambda: asyncio.run(_load(server, traffic, stop, seed))))
         parts.append(pool.submit(_ask_canaries, server, found))
+    if server.process.poll() is not None:
+        raise ServerFailed(f"the server ended with {server.process.returncode}; its log ends:\n{server.tail()}")
     for part in parts:
         part.result()
     return traffic
