@@ -19,7 +19,7 @@ from tests.support.nano_model import generate, greedy, prompts
 # float32: greedy answers must not depend on who else is in the batch. The pool is small, so that it is full at times.
 ARGS = (
     *NANO_ARGS, *MTP_ARGS, "--dtype", "float32", "--enable-metrics", "--chunked-prefill-size", "256",
-    "--context-length", str(CONTEXT), "--max-total-tokens", "4096", "--max-running-requests", "16",
+    "--context-length", str(CONTEXT), "--max-total-tokens", "6144", "--max-running-requests", "16",
 )  # fmt: skip
 CANARIES, CANARY_TOKENS = 10, 48
 SIZES = Sizes(long_characters=1200, random_characters=160, agent_turns=2)
@@ -66,7 +66,7 @@ def soak(server: Server, minutes: float, period: float, seed: int = 0, say: Call
     metrics = server.metrics()
     while (passed := (time.monotonic() - start) / 60) < minutes:
         traffic = _period(server, found, min(period, minutes - passed), seed + len(found.samples))
-        found.sent += traffic.sent
+        found.sent.update(traffic.sent)
         found.problems += [*traffic.problems, *filter(None, [checks.rest(server)])]
         after = server.metrics()
         found.problems += checks.wrong_metrics(metrics, after)
@@ -112,6 +112,6 @@ async def _load(server: Server, traffic: Traffic, stop: threading.Event, seed: i
             work = sessions(name, CLIENTS, seed, level, SIZES, clients=CLIENTS)
             async with connect(endpoint) as client:
                 results, _ = await run_sessions(client, endpoint, work, CLIENTS, TOKENS)
-            traffic.sent[name] += len(results)
+            traffic.sent += [name] * len(results)
             traffic.problems += [f"{name}: {r.error}: {r.detail}" for r in results if r.error]
         level += 1
