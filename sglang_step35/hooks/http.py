@@ -15,6 +15,7 @@ def http_hooks() -> list[Hook]:
     from sglang_step35.http.middleware import install as install_error_format
     from sglang_step35.http.ollama import Step35OllamaServing
     from sglang_step35.http.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest
+    from sglang_step35.http.port import refuse_taken_port
     from sglang_step35.http.secrets import without_secrets
 
     newer_clients = "stock refuses a thinking display that only newer clients know, and Claude Code asks for one"
@@ -40,6 +41,13 @@ def http_hooks() -> list[Hook]:
             install_error_format,
             why="it is the last step before the HTTP server starts; SGLang has no registry for middleware",
             until="SGLang lets a plug-in add middleware",
+        ),
+        Hook(
+            "sglang.launch_server.run_server",
+            "before",
+            refuse_taken_port,
+            why="stock loads the whole model first, then waits minutes for a warm-up that asks whoever has the port",
+            until="SGLang opens its port before it loads",
         ),
         Hook(
             "sglang.srt.entrypoints.engine._server_args_for_logging",

@@ -14,8 +14,9 @@ def portable_hooks() -> list[Hook]:
 
     from sglang_step35.hicache.portable_host import host_pool_class
     from sglang_step35.platform.cores import bind_rank, part_of_memory
+    from sglang_step35.platform.kv_default import name_flags
     from sglang_step35.platform.process_start import launch_by_fork
-    from sglang_step35.platform.seeds import hash32, keep_seeds
+    from sglang_step35.platform.seeds import filter_min_p, hash32, keep_seeds
     from sglang_step35.platform.slots import assign_req_to_token
     from sglang_step35.platform.widths import keep_widths
 
@@ -38,6 +39,13 @@ def portable_hooks() -> list[Hook]:
             why="SGLang honours seeds only with batch-invariant kernels, which need CUDA",
             until="seeds are kept wherever a sampler can use them",
         ),
+        Hook(
+            "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
+            "around",
+            filter_min_p,
+            why="min-p with a seed ends the server by an assertion",
+            until="the seeded sampler takes min-p",
+        ),
         Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32, why=triton, until=method),
         Hook(
             "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
@@ -52,6 +60,13 @@ def portable_hooks() -> list[Hook]:
             bind_rank,
             why="more ranks than NUMA nodes die at start, and without AMX kernels no rank is bound to any core",
             until="SGLang divides the cores over the ranks by itself",
+        ),
+        Hook(
+            f"{_KV_CONFIGURATOR}.configure",
+            "around",
+            name_flags,
+            why="an allocation that fails at start names no flag",
+            until="SGLang says what to set on CPUs, as it does for GPUs",
         ),
         Hook(
             f"{_KV_CONFIGURATOR}._profile_available_bytes",

@@ -17,7 +17,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput, SessionParams
 from sglang_step35.http.guards import add_servers_params
 from sglang_step35.names import DEPTH_PARAM
 
-REFUSED = "sglang_step35.refused"  # key of the ASGI scope
+REFUSED = "sglang_step35.refused"  # key of the ASGI scope: the status of a refusal
+CLOSING = 503
 MAX_SAMPLES = 1024  # of one prompt: each is a request of its own, made before the first one runs
 INT32, INT64, FLOAT32 = 2**31, 2**63, 3.4e38
 # Filled by SGLang itself while it normalizes; from outside they would skip that.
@@ -34,7 +35,13 @@ _BY_PROMPT = ("return_logprob", "top_logprobs_num", "logprob_start_len", "rid", 
 
 async def generate(stock, manager, obj, request=None):
     """Around `TokenizerManager.generate_request`, the one door to the scheduler."""
+    status = 400
     try:
+        if manager.gracefully_exit:
+            # Stock serves it until the last request is done, so a busy server never ends; one that comes between the
+            # last look and the scheduler's end would never be answered.
+            status = CLOSING
+            raise ValueError("this server is shutting down: send the request again, here later or to another replica")
         if isinstance(obj, GenerateReqInput):
             admit(manager, obj)
         async with aclosing(stock(manager, obj, request)) as outputs:
@@ -47,7 +54,7 @@ async def generate(stock, manager, obj, request=None):
     except ValueError:
         # Some endpoints report a refusal as their own failure; the middleware knows better.
         if request is not None:
-            request.scope[REFUSED] = True
+            request.scope[REFUSED] = status
         raise
 
 

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from sglang_step35.http.admission import REFUSED
+from sglang_step35.http.admission import CLOSING, REFUSED
 from sglang_step35.http.errors import (
     Problem,
     anthropic,
@@ -157,8 +157,8 @@ class _Reply:
         self.started = self._failed = True
         if self._scope.get(TOO_LARGE):
             problem = PROBLEM
-        elif problem.status >= 500 and self._scope.get(REFUSED):
-            problem = replace(problem, status=400)
+        elif (refused := self._scope.get(REFUSED)) and (problem.status >= 500 or refused == CLOSING):
+            problem = replace(problem, status=refused)
         body = json.dumps(self._dialect(problem)).encode()
         kept = [] if self._start is None else self._start["headers"]
         ours = {b"content-type": b"application/json", b"content-length": str(len(body)).encode()}

@@ -47,7 +47,7 @@ class Step35OllamaServing(OllamaServing):
                 chat = request.to_chat()
         except ValueError as error:
             return JSONResponse({"error": _first_problem(error)}, status_code=400)
-        started = time.time_ns()
+        started = time.perf_counter_ns()
         answer = await serving.handle_request(chat, raw_request)
         if isinstance(answer, StreamingResponse):
             answer.body_iterator = self._lines(answer.body_iterator, request, reply, started)
@@ -146,7 +146,7 @@ def _end(finish_reason: str | None, usage: dict | None, started: int) -> dict:
     """Added to Ollama's counts: how many of the prompt's tokens were cached, which its clients pass over."""
     usage = usage or {}
     details = usage.get("prompt_tokens_details") or {}
-    passed = time.time_ns() - started
+    passed = time.perf_counter_ns() - started
     return {
         "done": True,
         "done_reason": "length" if finish_reason == "length" else "stop",

@@ -58,6 +58,19 @@ def max_total_tokens(server_args) -> int | None:
     return tokens
 
 
+def name_flags(stock, configurator, **options):
+    """Around `KVCacheConfigurator.configure`. Raises MemoryError, with what to set, where the host does not give it."""
+    try:
+        return stock(configurator, **options)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's allocator
+            raise
+        raise MemoryError(
+            f"the KV pools do not fit ({str(error).splitlines()[0]}): set --max-total-tokens, --max-running-requests "
+            "or --context-length lower, end other processes, or raise this one's limit (ulimit -v, the container's)"
+        ) from error
+
+
 def _machine(free: int, replicas: int, used: int) -> Hardware:
     """One replica's share of the free memory, `used` bytes of it taken."""
     label = f"the {free / GIB:.1f} GiB that are free"

@@ -21,6 +21,18 @@ def keep_seeds(result: None, info, batch, vocab_size: int) -> None:
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=info.device)
 
 
+def filter_min_p(stock, probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **options):
+    """Around SGLang's sampler in plain torch, which takes min-p or seeds, but fails for both.
+
+    What min-p removes lies behind what it keeps, so removed from `probs` [B, V] beforehand it changes no rank and no
+    sum that top-k and top-p go by; the seeded draw needs no normalised probabilities.
+    """
+    if need_min_p_sampling and sampling_seed is not None:
+        probs = probs.masked_fill(probs < probs.amax(-1, keepdim=True) * min_ps[:, None], 0)
+        need_min_p_sampling = False
+    return stock(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **options)
+
+
 def hash32(seed: Tensor, positions: Tensor, col_indices: Tensor) -> Tensor:
     """Uniform numbers in [0, 2**32) of (seed, position, column), for SGLang's seeded sampler.
 

@@ -10,6 +10,7 @@ ROWS = (
             "add_middleware add_exception_handler exception_handlers user_middleware",
         ),
     ),
+    *module("sglang.launch_server", takes("run_server", "server_args", hooked=True)),
     *module(
         "sglang.srt.utils.common",
         takes("set_uvicorn_logging_configs", "server_args", hooked=True),
@@ -17,6 +18,7 @@ ROWS = (
     *module(
         "sglang.srt.managers.tokenizer_manager",
         takes("TokenizerManager.generate_request", "self obj request", hooked=True),
+        has("TokenizerManager", "gracefully_exit"),
     ),
     *module(
         "sglang.srt.managers.io_struct",

@@ -13,8 +13,8 @@ ROWS = (
         ),
         has(
             "Req",
-            "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor customized_info eos_token_ids "
-            "full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid sampling_params "
+            "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor customized_info "
+            "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid sampling_params "
             "set_finish_with_abort to_finish tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
@@ -68,7 +68,7 @@ ROWS = (
         has(
             "ServerArgs",
             "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "
-            "page_size sleep_on_idle swa_full_tokens_ratio",
+            "page_size sleep_on_idle swa_full_tokens_ratio host port enable_http_worker_reuseport",
         ),
         has(
             "ServerArgs",

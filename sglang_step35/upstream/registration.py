@@ -150,6 +150,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.mem_cache.kv_cache_configurator",
+        takes("KVCacheConfigurator.configure", "self pre_model_load_memory", hooked=True),
         takes("KVCacheConfigurator._profile_available_bytes", "self pre_model_load_memory", hooked=True),
     ),
     *module(
@@ -175,5 +176,10 @@ ROWS = (
     *module(
         "sglang.srt.layers.sampler",
         takes("murmur_hash32", "seed positions col_indices", hooked=True),
+        takes(
+            "top_k_top_p_min_p_sampling_from_probs_torch",
+            "probs top_ks top_ps min_ps need_min_p_sampling sampling_seed positions return_filtered_probs max_top_k",
+            hooked=True,
+        ),
     ),
 )

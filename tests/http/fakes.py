@@ -25,6 +25,7 @@ def tokenizer_manager(architecture: str = "Step3p5ForCausalLM") -> SimpleNamespa
         served_model_name=MODEL,
         preferred_sampling_params=None,
         create_abort_task=lambda request: None,
+        gracefully_exit=False,
     )
 
 

@@ -208,7 +208,9 @@ def test_every_request_of_a_batch_is_checked():
         ask(text=["a", "b"], top_logprobs_num=[1, VOCABULARY + 1])
 
 
-def answers(*outputs, obj: object = None, raised: Exception | None = None) -> tuple[list, dict, list[str]]:
+def answers(
+    *outputs, obj: object = None, raised: Exception | None = None, manager=MANAGER
+) -> tuple[list, dict, list[str]]:
     """What `generate` yields around a door that gives these outputs, the scope, and what happened at the door."""
     events: list[str] = []
 
@@ -225,7 +227,7 @@ def answers(*outputs, obj: object = None, raised: Exception | None = None) -> tu
     request, found = SimpleNamespace(scope={}), []
 
     async def drain() -> None:
-        async for output in generate(stock, MANAGER, obj or GenerateReqInput(text="a", sampling_params={}), request):
+        async for output in generate(stock, manager, obj or GenerateReqInput(text="a", sampling_params={}), request):
             found.append(output)
 
     error = None
@@ -248,12 +250,20 @@ def test_outputs_pass_in_order():
 
 def test_a_refused_request_never_reaches_the_scheduler_and_is_marked():
     found, scope, events = answers(obj=GenerateReqInput(text="a", sampling_params={"n": 0}))
-    assert found == events == [] and scope[REFUSED] is True and isinstance(scope["error"], ValueError)
+    assert found == events == [] and scope[REFUSED] == 400 and isinstance(scope["error"], ValueError)
+
+
+def test_a_server_that_is_shutting_down_begins_nothing_new():
+    closing = tokenizer_manager()
+    closing.gracefully_exit = True
+    found, scope, events = answers(output("stop"), manager=closing)
+    assert found == events == [] and scope[REFUSED] == 503
+    assert "shutting down" in str(scope["error"])
 
 
 def test_what_the_scheduler_refuses_raises_at_its_first_output():
     found, scope, events = answers(output("abort", 400))
-    assert found == [] and scope[REFUSED] is True and events == ["opened", "closed"]
+    assert found == [] and scope[REFUSED] == 400 and events == ["opened", "closed"]
     assert str(scope["error"]) == "zu lang"
 
 
@@ -263,7 +273,7 @@ def test_other_aborts_are_outputs(outputs):
 
 
 def test_only_refusals_are_marked_as_such():
-    assert answers(raised=ValueError("input is too long"))[1][REFUSED] is True
+    assert answers(raised=ValueError("input is too long"))[1][REFUSED] == 400
     assert REFUSED not in answers(raised=RuntimeError("it broke"))[1]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from starlette.testclient import TestClient
 
-from sglang_step35.http.admission import REFUSED
+from sglang_step35.http.admission import CLOSING, REFUSED
 from sglang_step35.http.middleware import ErrorFormat
 from tests.http.fakes import DONE, chunk, event
 
@@ -212,7 +212,7 @@ def test_connections_that_are_no_requests_pass():
     assert seen == ["lifespan"]
 
 
-@pytest.mark.parametrize(("refused", "status"), [(True, 400), (False, 500)])
+@pytest.mark.parametrize(("refused", "status"), [(400, 400), (None, 500)])
 def test_a_refusal_that_an_endpoint_reports_as_its_failure_is_the_clients(refused, status):
     async def app(scope, receive, send):
         scope[REFUSED] = refused
@@ -224,9 +224,20 @@ def test_a_refusal_that_an_endpoint_reports_as_its_failure_is_the_clients(refuse
         assert post(app, path).status_code == status
 
 
+def test_what_comes_while_the_server_shuts_down_is_no_bad_request():
+    """Endpoints take a ValueError for one; clients and routers send a 503 again."""
+
+    async def app(scope, receive, send):
+        scope[REFUSED] = CLOSING
+        await answering(REFUSAL)(scope, receive, send)
+
+    for path in (CHAT, CLAUDE, "/generate"):
+        assert post(app, path).status_code == 503
+
+
 def test_a_refusal_keeps_its_own_status_below_500():
     async def app(scope, receive, send):
-        scope[REFUSED] = True
+        scope[REFUSED] = 400
         await answering('{"detail": "gone"}', status=404, kind="application/json")(scope, receive, send)
 
     assert post(app).status_code == 404

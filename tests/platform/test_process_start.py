@@ -189,11 +189,3 @@ def test_a_forked_server_serves_and_leaves_nothing(forked, ending):
     main.send_signal(ending)
     server.process.wait(STOP_SECONDS + PATIENCE)
     assert survivors([main, *children, *group_of(main.pid)]) == []
-
-
-@pytest.mark.server
-def test_a_lost_scheduler_ends_the_server(forked):
-    server, main, children = forked
-    next(child for child in children if child.cmdline()[0].startswith("sglang::scheduler")).kill()
-    assert server.process.wait(STOP_SECONDS + PATIENCE) != 0
-    assert survivors([main, *children]) == []

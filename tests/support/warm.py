@@ -45,19 +45,25 @@ def _rank(rank: int, main: Callable, args: tuple) -> None:
     main(rank, *args)
 
 
-def start_server(command: list[str], env: dict[str, str], log: Path) -> servers.Process:
-    """`servers.start`, forked where nothing forbids it: a GPU's context does, and what SGLang reads when imported."""
+def start_server(
+    command: list[str], env: dict[str, str], log: Path, before: Callable[[], None] | None = None
+) -> servers.Process:
+    """`servers.start`, forked where nothing forbids it: a GPU's context does, and what SGLang reads when imported.
+
+    `before` runs in the forked process before SGLang's command; without a fork it cannot.
+    """
     own = {name for name, value in env.items() if os.environ.get(name) != value} - {"OMP_NUM_THREADS"}
     if own or torch.accelerator.is_available():
+        assert before is None
         return servers.start(command, env, log)
-    return ForkedServer(command, env, log)
+    return ForkedServer(command, env, log, before)
 
 
 class ForkedServer:
     """A command `sglang serve ...` in a forked process, with what `Server` needs of subprocess.Popen."""
 
-    def __init__(self, command: list[str], env: dict[str, str], log: Path):
-        self._process = _fork_server.Process(target=_serve, args=(command, env, log))
+    def __init__(self, command: list[str], env: dict[str, str], log: Path, before: Callable[[], None] | None = None):
+        self._process = _fork_server.Process(target=_serve, args=(command, env, log, before))
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -79,7 +85,7 @@ class ForkedServer:
             os.kill(self.pid, number)
 
 
-def _serve(command: list[str], env: dict[str, str], log: Path) -> None:
+def _serve(command: list[str], env: dict[str, str], log: Path, before: Callable[[], None] | None) -> None:
     """What the script `sglang` does, in a session of its own."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -89,6 +95,8 @@ def _serve(command: list[str], env: dict[str, str], log: Path) -> None:
     os.environ.update(env)  # what the plug-ins set while they were loaded stays
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP read the fork server's environment
     sys.argv = command
+    if before is not None:
+        before()
     from sglang.cli.main import main
 
     sys.exit(main())
