@@ -6,10 +6,10 @@ import os
 from dataclasses import replace
 
 import torch
-from sglang.srt.mem_cache.hicache_storage import HiCacheFile
+from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolTransferResult
 from torch import Tensor
 
-from sglang_step35.hicache.identity import digest_of, server_identity
+from sglang_step35.hicache.identity import digest_of, server_identity, weights_updated
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ class SealedFiles(HiCacheFile):
 
     A file's name ends in the server's identity instead of the model's name, so that pages of another checkpoint, dtype,
     page size or MTP depth are never found; its first bytes are a seal over name and content. A file that does not fit
-    its seal is removed and counts as missing: the tokens are computed again.
+    its seal is removed and counts as missing: the tokens are computed again. Once the weights of a running server are
+    updated, it neither finds nor writes pages.
     """
 
     def __init__(self, storage_config, file_path: str = "/tmp/hicache"):
@@ -44,15 +45,25 @@ class SealedFiles(HiCacheFile):
 
     def set(self, key: str, value=None, target_location=None, target_sizes=None) -> bool:
         """Write a page; False where it could not be written."""
+        if weights_updated():
+            return False
         payload = value.contiguous().view(torch.uint8)
         return super().set(key, torch.cat([self._seal(key, payload, value.dtype), payload]))
+
+    def exists(self, key: str) -> bool:
+        return not weights_updated() and super().exists(key)
+
+    def batch_exists_v2(self, keys, pool_transfers=None, extra_info=None) -> PoolTransferResult:
+        if weights_updated():
+            return PoolTransferResult(0, {}, [])
+        return super().batch_exists_v2(keys, pool_transfers, extra_info)
 
     def get(self, key: str, target_location: Tensor, target_sizes=None) -> Tensor | None:
         """`target_location` with the page; None, and nothing in it, where there is no whole one."""
         target = target_location.view(torch.uint8)
         sealed = torch.empty(SEAL_BYTES + target.numel(), dtype=torch.uint8)
         try:
-            if super().get(key, sealed) is None:
+            if weights_updated() or super().get(key, sealed) is None:
                 return None
         except OSError as error:  # shorter than a page, or unreadable
             self._discard(key, str(error))

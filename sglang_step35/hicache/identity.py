@@ -10,7 +10,19 @@ from sglang.srt.runtime_context import get_memory, get_model, get_schedule, get_
 from sglang_step35.checkpoint.formats import open_files
 
 FORMAT = 1  # of the files; a new one finds none of the old
+_updated = False
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each weight file, evenly spaced: the whole would be read for minutes
+
+
+def note_weight_update() -> None:
+    """The weights of this process are no longer those of its checkpoint."""
+    global _updated
+    _updated = True
+
+
+def weights_updated() -> bool:
+    """Whether `server_identity` is no longer true."""
+    return _updated
 
 
 def server_identity() -> str:
@@ -19,11 +31,12 @@ def server_identity() -> str:
     Checkpoint (config.json, weight files), dtypes, quantisation, page size and order in host memory, MTP depth.
     """
     model, memory, spec = get_model(), get_memory(), get_spec()
+    files = open_files(model.model_path).files()
     facts = {
         "format": FORMAT,
-        "config": config_digest(model.model_path),
+        "config": config_digest(files),
         "overrides": model.json_model_override_args,
-        "weights": [weight_file_facts(file) for file in open_files(model.model_path).files()],
+        "weights": [weight_file_facts(file) for file in files] or [model.model_path, model.revision],
         "load": [model.load_format, model.dtype, model.quantization, model.kv_cache_dtype],
         "page": [get_schedule().page_size, memory.hicache_mem_layout],
         "mtp_layers": spec.speculative_num_steps if spec.speculative_algorithm else 0,
@@ -31,12 +44,10 @@ def server_identity() -> str:
     return digest_of([json.dumps(facts, sort_keys=True, default=str).encode()])
 
 
-def config_digest(source: str) -> str | None:
-    """Digest of a checkpoint's config.json; None where the weight files hold it (GGUF)."""
-    for file in open_files(source).files():
-        config = file.with_name("config.json")
-        return digest_of([config.read_bytes()]) if config.is_file() else None
-    return None
+def config_digest(files: list[Path]) -> str | None:
+    """Digest of the config.json beside the weight files; None where these hold it (GGUF)."""
+    config = files[0].with_name("config.json") if files else None
+    return digest_of([config.read_bytes()]) if config and config.is_file() else None
 
 
 def weight_file_facts(file: Path) -> list:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
-from sglang_step35.hicache import files
+from sglang_step35.hicache import files, identity
 from sglang_step35.hicache.files import SEAL_BYTES, SealedFiles
 
 PAGE = torch.arange(60, dtype=torch.float32).bfloat16()
@@ -16,6 +16,8 @@ PAGE = torch.arange(60, dtype=torch.float32).bfloat16()
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "_updated", False)  # other tests of this process load weights anew
+
     def make(identity: str = "a" * 32, rank: int = 0, **extra) -> SealedFiles:
         monkeypatch.setattr(files, "server_identity", lambda: identity)
         return SealedFiles(
@@ -113,6 +115,15 @@ def test_removed_files_are_no_longer_counted(store):
     flip(only_file(one), 50)
     assert read(one) is None
     assert one.set("l", PAGE) and torch.equal(read(one, "l"), PAGE)
+
+
+def test_updated_weights_are_another_checkpoint(store):
+    one = store()
+    one.set("k", PAGE)
+    assert one.batch_exists_v2(["k"]).kv_hit_pages == 1
+    identity.note_weight_update()
+    assert not one.exists("k") and one.batch_exists_v2(["k"]).kv_hit_pages == 0 and read(one) is None
+    assert not one.set("l", PAGE) and len(os.listdir(one.file_path)) == 1
 
 
 def test_the_folder_is_its_owners(store, tmp_path, monkeypatch):
