@@ -16,7 +16,7 @@ CHANGE_SECONDS = 120  # for the router to see a replica come or go
 
 
 class Router:
-    """A running router; `url` answers as each replica would."""
+    """A running router; `url` answers as each replica would, on this machine."""
 
     def __init__(self, port: int, replicas: list[str], log: Path, **flags):
         """Start it in front of these URLs, which it uses once they are healthy; flags win over the preset's."""
