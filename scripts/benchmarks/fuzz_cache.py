@@ -18,7 +18,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from sglang_step35.bench.servers import ServerPool
+import requests
+
+from sglang_step35.bench.servers import Server, ServerPool
 from tests.support.cache_fuzz import HOST_ARGS, OFF_ARGS, SMALL_ARGS, Report, record, replay
 
 NO_HOST, HOST = "none", ("write_through", "write_back", "file")
@@ -39,7 +41,7 @@ def main() -> None:
             pool.stop_all()
             for case in itertools.product(options.pages, options.host or [NO_HOST]):
                 args = (*server_args(*case, Path(folder)), *options.server_args)
-                reports[case] = replay(pool.get(*args), rounds)
+                reports[case] = replayed(pool.get(*args), rounds)
                 print_report(*case, reports[case])
                 pool.stop_all()
         finally:
@@ -48,6 +50,14 @@ def main() -> None:
     print(json.dumps({"bench": "fuzz_cache", "seed": options.seed, "results": rows}))
     if any(report.problems for report in reports.values()):
         sys.exit(1)
+
+
+def replayed(server: Server, rounds: list) -> Report:
+    try:
+        return replay(server, rounds)
+    except requests.RequestException:
+        print(server.tail())  # the log goes with the folder
+        raise
 
 
 def server_args(page: int, host: str, folder: Path) -> tuple[str, ...]:
