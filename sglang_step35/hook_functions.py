@@ -136,6 +136,25 @@ def keep_sliding_pools(server_args, hf_config) -> dict:
     }
 
 
+def refuse_unserved(server_args, hf_config) -> dict:
+    """Nothing to override. Raises ValueError for features that would not serve what they promise, with what to do."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    given = resolving_view(server_args)
+    if given.enable_lora or given.lora_paths:
+        raise ValueError(
+            "--enable-lora, --lora-paths: SGLang sizes adapters by one number of heads for all layers, but sliding and "
+            "full layers differ in theirs, and on CPUs it asks for pinned memory: merge the adapter into the checkpoint"
+        )
+    if given.disaggregation_mode != "null" and serves_mtp(server_args):
+        raise ValueError(
+            f"--disaggregation-mode {given.disaggregation_mode}: MTP layers go on from the backbone's hidden states at "
+            "a request's last positions, which stay in the server that computed them: leave it out, or serve prefill "
+            "and decode without --speculative-algorithm"
+        )
+    return {}
+
+
 def serves_mtp(server_args) -> bool:
     """Whether these server arguments make our MTP worker serve."""
     from sglang.srt.arg_groups.model_override_base import model_config_of

@@ -119,9 +119,10 @@ def _register_overrides() -> None:
     from sglang.srt.arg_groups.model_override_base import register_model_override_predicate
 
     from sglang_step35 import names
-    from sglang_step35.hook_functions import keep_sliding_pools
+    from sglang_step35.hook_functions import keep_sliding_pools, refuse_unserved
 
-    register_model_override_predicate(names.ARCHITECTURES.__contains__)(keep_sliding_pools)
+    for provider in (keep_sliding_pools, refuse_unserved):
+        register_model_override_predicate(names.ARCHITECTURES.__contains__)(provider)
 
 
 def _register_attention_backends() -> None:

@@ -105,16 +105,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: list[str], env: dict[str, str], log: Path) -> Process:
-    """Run the command; its output goes to the log."""
+def start(command: list[str], env: dict[str, str] | None, log: Path) -> Process:
+    """Run the command; its output goes to the log. env None: this process's."""
     with log.open("wb") as out:
         return subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
-def launch(args: tuple[str, ...], log: Path, extra_env: dict[str, str], start: Start = start) -> Server:
-    port = free_port()
+def launch(
+    args: tuple[str, ...], log: Path, extra_env: dict[str, str], start: Start = start, port: int | None = None
+) -> Server:
+    """A server on this port of 127.0.0.1, any free one where none is given; it is not healthy yet."""
+    port = port or free_port()
     sglang = Path(sys.executable).with_name("sglang")
     command = [str(sglang), "serve", *args, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **extra_env}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class CheckpointFiles(ABC):
     @abstractmethod
     def dtype(self, name: str) -> str | None:
         """How the tensor is stored ("BF16", "F8_E4M3"); None if it is not there."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that hold weights, sorted; none for an unknown source."""
 
     @abstractmethod
     def damaged(self) -> list[str]:

@@ -55,6 +55,10 @@ class GGUFFiles(TensorFiles):
         entries = self._named.get(name)
         return entries[0][2].tensor_type.name if entries else None
 
+    def files(self) -> list[Path]:
+        """All parts of a split file."""
+        return self.paths
+
     def damaged(self) -> list[str]:
         """One sentence for each damaged or missing file."""
         found = []

@@ -41,11 +41,11 @@ class SafetensorsFiles(CheckpointFiles):
 
     def holding(self, name: str) -> list[str]:
         """Names of the files that hold the tensor."""
-        return [file.name for file in self._files() if name in _names(file)]
+        return [file.name for file in self.files() if name in _names(file)]
 
     def dtype(self, name: str) -> str | None:
         """The tensor's dtype as safetensors writes it ("BF16", "F8_E4M3"); None if not found."""
-        for file in [self._listed(name)] if name in self.listed else self._files():
+        for file in [self._listed(name)] if name in self.listed else self.files():
             if file.is_file() and name in (header := _names(file)):
                 return header[name]["dtype"]
         return None
@@ -54,7 +54,7 @@ class SafetensorsFiles(CheckpointFiles):
         """One sentence for each damaged or missing file."""
         listed = sorted({self._listed(name) for name in self.listed})
         found = [f"{file} is missing" for file in listed if not file.is_file()]
-        for file in self._files():
+        for file in self.files():
             try:
                 read_header(file)
             except DamagedFile as error:
@@ -66,7 +66,8 @@ class SafetensorsFiles(CheckpointFiles):
         assert self.folder is not None
         return self.folder / self.listed[name]
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """All of the folder, listed in an index or not."""
         return sorted(self.folder.glob("*.safetensors")) if self.folder else []
 
 

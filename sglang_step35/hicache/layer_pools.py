@@ -10,17 +10,18 @@ from sglang.srt.runtime_context import get_memory
 from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
 
 
-def check_plan(plan: HiCacheDraftPlan, num_steps: int) -> None:
-    """Raise ValueError where the KV of `num_steps` MTP layers would not follow the backbone's."""
+def check_plan(plan: HiCacheDraftPlan) -> None:
+    """Raise ValueError where the MTP layers' KV would not follow the backbone's."""
     if plan.mode is not HiCacheDraftMode.PACKED:
         raise ValueError(
             f"--enable-hierarchical-cache would keep the MTP layers' KV in a pool of kind {plan.mode.value!r}, "
             "which the MTP worker does not wait for: leave --enable-unified-memory out"
         )
-    if get_memory().hicache_storage_backend is not None:
+    storage = get_memory().hicache_storage_backend
+    if storage not in (None, "file"):
         raise ValueError(
-            "--hicache-storage-backend names a page of KV by its tokens and one more, but MTP layers depend on "
-            f"{num_steps} more: leave it out, or serve without --speculative-algorithm"
+            f"--hicache-storage-backend {storage} would not tell one MTP depth's or checkpoint's KV from another's: "
+            "use `file`, or serve without --speculative-algorithm"
         )
 
 

@@ -118,6 +118,8 @@ def gguf_hooks() -> list[Hook]:
 
 def cache_hooks() -> list[Hook]:
     """The prefix cache under multi-token prediction."""
+    from sglang_step35.hicache.files import SealedFiles
+    from sglang_step35.hicache.page_hash import page_hashes
     from sglang_step35.speculative.prefix_key import LookaheadKey, cap_insert, select_tree_core
 
     return [
@@ -141,6 +143,21 @@ def cache_hooks() -> list[Hook]:
             cap_insert,
             why="rounds that skip MTP layers leave last rows without their KV, which must not be shared",
             until="the worker can say up to where a request's KV is final",
+        ),
+        Hook(
+            "sglang.srt.mem_cache.utils.get_hash_str",
+            "around",
+            page_hashes,
+            why="pages in storage are named by their tokens and one more, as bigram keys are",
+            until="the hash follows the key's look-ahead",
+        ),
+        Hook(
+            "sglang.srt.mem_cache.hicache_storage.HiCacheFile",
+            "replace",
+            SealedFiles,
+            why="files say neither which weights and MTP depth wrote them nor whether they are whole; "
+            "registering the name `file` anew is possible, but warns in every process of every server",
+            until="SGLang seals its files, or registers without a warning",
         ),
     ]
 

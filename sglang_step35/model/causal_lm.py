@@ -15,6 +15,7 @@ from sglang.srt.utils import add_prefix, make_pp_layers
 from torch import Tensor, nn
 
 from sglang_step35.config import LayerSpec, ModelSpec, parse_config
+from sglang_step35.hicache.identity import note_weight_update
 from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer, stages
 from sglang_step35.model.graphed_layers import GraphedLayers
@@ -155,6 +156,8 @@ class Step3p5ForCausalLM(nn.Module):
 
         After the first load SGLang's weight updates may bring any part of them.
         """
+        if self.weights_loaded:
+            note_weight_update()
         load_backbone(self, weights, complete=not self.weights_loaded)
         self.weights_loaded = True
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sglang_step35.checkpoint.formats import open_files
 from sglang_step35.config import LayerSpec, ModelSpec, parse_config
+from sglang_step35.hicache.identity import note_weight_update
 from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.graphed_layers import GraphedLayers
@@ -195,6 +196,8 @@ class Step3p5MTP(nn.Module):
 
         SGLang's readers map the files into memory: of the backbone only the headers are read.
         """
+        if self.weights_loaded:
+            note_weight_update()
         copies = load_mtp(self, weights, complete=not self.weights_loaded)
         self.tables.keep(copies)
         self.weights_loaded = True

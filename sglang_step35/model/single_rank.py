@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_context import get_attn_backend
-from sglang.srt.runtime_context import get_exec, get_lora, get_parallel
+from sglang.srt.runtime_context import get_exec, get_parallel
 from torch import Tensor, nn
 
 from sglang_step35.model.attention import GatedAttention
@@ -30,10 +30,9 @@ def usable(quant_config) -> bool:
     """Whether these functions may stand in for SGLang's path."""
     parallel, execution = get_parallel(), get_exec()
     alone = parallel.tp_size == parallel.pp_size == 1
-    # What SGLang's wrappers do besides: adapters, a float32 head, records of the chosen experts.
+    # What SGLang's wrappers do besides: a float32 head, records of the chosen experts.
     extras = (
-        get_lora().enable_lora
-        or execution.features.enable_fp32_lm_head
+        execution.features.enable_fp32_lm_head
         or execution.features.enable_return_routed_experts
         or execution.moe.expert_distribution_recorder_mode is not None
     )

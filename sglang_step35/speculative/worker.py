@@ -125,7 +125,7 @@ class Step35SpecWorker(BaseSpecWorker):
         plan = super()._build_hicache_draft_plan()
         if plan.mode is HiCacheDraftMode.NONE:
             return plan
-        check_plan(plan, self.settings.num_steps)
+        check_plan(plan)
         pools = layer_pools(self._draft_worker.draft_runner.token_to_kv_pool)
         self._target_worker.model_runner.mtp_draft_device_pools = pools
         return HiCacheDraftPlan(plan.mode, pools)

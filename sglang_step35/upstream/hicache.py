@@ -47,6 +47,26 @@ ROWS = (
         ),
     ),
     *module(
+        "sglang.srt.mem_cache.hicache_storage",
+        takes("HiCacheFile.__init__", "self storage_config file_path"),
+        takes("HiCacheFile.get", "self key target_location target_sizes"),
+        takes("HiCacheFile.set", "self key value target_location target_sizes"),
+        takes("HiCacheFile.exists", "self key"),
+        takes("HiCacheFile.batch_exists_v2", "self keys pool_transfers extra_info"),
+        takes("HiCacheFile._get_suffixed_key", "self key"),
+        takes("PoolTransferResult", "kv_hit_pages extra_pool_hit_pages restorable_prefix_pages"),
+        has("HiCacheFile", "file_path metadata_cache _evictor", hooked=True),
+        has("HiCacheStorageConfig", "model_name"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.storage.file.lru_file_evictor",
+        takes("LRUFileEvictor.abort", "self suffixed_key"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.utils",
+        takes("get_hash_str", "token_ids prior_hash page_size", hooked=True),
+    ),
+    *module(
         "sglang.srt.speculative.base_spec_worker",
         takes("BaseSpecWorker._build_hicache_draft_plan", "self"),
         takes("HiCacheDraftPlan", "mode device_pools"),
@@ -63,5 +83,7 @@ ROWS = (
     *module(
         "sglang.srt.runtime_context",
         takes("get_memory", ""),
+        takes("get_model", ""),
+        takes("get_schedule", ""),
     ),
 )

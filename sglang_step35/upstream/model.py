@@ -188,7 +188,6 @@ ROWS = (
     *module(
         "sglang.srt.runtime_context",
         takes("get_exec", ""),
-        takes("get_lora", ""),
         takes("get_parallel", ""),
     ),
     *module(

@@ -14,8 +14,8 @@ ROWS = (
         has(
             "Req",
             "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor customized_info "
-            "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid sampling_params "
-            "set_finish_with_abort to_finish tokenizer",
+            "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid "
+            "sampling_params set_finish_with_abort to_finish tokenizer",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
@@ -72,8 +72,8 @@ ROWS = (
         ),
         has(
             "ServerArgs",
-            "enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
-            "ep_num_redundant_experts expert_distribution_recorder_mode nnodes pp_size speculative_adaptive "
+            "disaggregation_mode enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
+            "ep_num_redundant_experts expert_distribution_recorder_mode lora_paths nnodes pp_size speculative_adaptive "
             "speculative_algorithm speculative_eagle_topk speculative_num_draft_tokens "
             "speculative_num_steps served_model_name tp_size",
         ),

@@ -120,5 +120,6 @@ def test_the_plan_packs_every_layer(worker, monkeypatch):
 def test_what_would_lose_or_mix_mtp_layers_is_refused(worker, monkeypatch):
     with pytest.raises(ValueError, match="leave --enable-unified-memory out"):
         plan(worker, monkeypatch, HiCacheDraftMode.FUSED)
-    with pytest.raises(ValueError, match="--hicache-storage-backend.*3 more"):
-        plan(worker, monkeypatch, HiCacheDraftMode.PACKED, storage="file")
+    with pytest.raises(ValueError, match="--hicache-storage-backend nixl.*use `file`"):
+        plan(worker, monkeypatch, HiCacheDraftMode.PACKED, storage="nixl")
+    assert len(plan(worker, monkeypatch, HiCacheDraftMode.PACKED, storage="file").device_pools) == 3

@@ -11,6 +11,7 @@ from sglang_step35.checkpoint.base import DamagedFile
 from sglang_step35.checkpoint.names import TensorName, parse_name, weight_shapes
 from sglang_step35.checkpoint.safetensors import SafetensorsFiles, read_header
 from sglang_step35.config import parse_config
+from sglang_step35.hicache import identity
 from sglang_step35.model.weights import WeightError
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -205,10 +206,13 @@ def test_each_model_passes_over_the_other(directory):
     assert backbone.weights_loaded and mtp.weights_loaded
 
 
-def test_a_weight_update_may_be_partial(directory):
+def test_a_weight_update_may_be_partial(directory, monkeypatch):
+    monkeypatch.setattr(identity, "_updated", False)
     model = model_host.load(directory)
+    assert not identity.weights_updated()
     model.load_weights([("model.norm.weight", torch.full((64,), 0.5))])
     assert torch.equal(model.model.norm.scale, torch.full((64,), 1.5) * 8)
+    assert identity.weights_updated()  # KV in files is no longer this model's
     with pytest.raises(WeightError, match="belongs to nothing"):
         model.load_weights([("model.nrom.weight", torch.zeros(64))])
 

@@ -42,10 +42,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Stream:
-    """Arrival of a streamed answer: (seconds since the request, tokens so far), and its meta_info."""
+    """Arrival of a streamed answer: (seconds since the request, tokens so far), its meta_info and its tokens."""
 
     arrivals: list[tuple[float, int]]
     meta: dict
+    ids: list[int]
 
     @property
     def first(self) -> float:
@@ -72,12 +73,12 @@ def stream(server: Server, ids: list[int], count: int) -> Stream:
         "stream": True,
         "sampling_params": {"temperature": 0, "max_new_tokens": count, "ignore_eos": True},
     }
-    arrivals, meta = [], {}
+    arrivals, meta, found = [], {}, []
     start = time.perf_counter()
     for answer in server.stream("/generate", body, TIMEOUT):
-        meta = answer["meta_info"]
+        meta, found = answer["meta_info"], answer["output_ids"]
         arrivals.append((time.perf_counter() - start, meta["completion_tokens"]))
-    return Stream(arrivals, meta)
+    return Stream(arrivals, meta, found)
 
 
 def warm_up(server: Server) -> None:
