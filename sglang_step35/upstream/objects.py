@@ -29,11 +29,6 @@ ROWS = (
     ),
     *module(
         "sglang.srt.constrained.base_grammar_backend",
-        takes("BaseGrammarObject.accept_token", "self token"),
-        takes("BaseGrammarObject.allocate_vocab_mask", "self vocab_size batch_size device"),
-        takes("BaseGrammarObject.fill_vocab_mask", "self vocab_mask idx"),
-        takes("BaseGrammarObject.is_terminated", "self"),
-        takes("BaseGrammarObject.rollback", "self k"),
         takes("create_grammar_backend", "server_args tokenizer vocab_size eos_token_ids think_end_ids", hooked=True),
     ),
     *module(

@@ -133,8 +133,9 @@ def test_packed_gates_routers_projections_and_heads(tmp_path):
 
 @pytest.mark.parametrize("scheme", [quantised.compressed(4, 32), quantised.fp8((128, 128))], ids=["INT4", "FP8"])
 def test_bfloat16_activations(tmp_path, scheme):
-    """On nano, at, below and past its window of 64: 2e-2 is what bfloat16 costs the unquantised model too, on average
-    over tokens as likely as the reference finds them; single unlikely ones differ by more."""
+    """On nano, at, below and past its window of 64, on average over tokens as likely as the reference finds them; single
+    unlikely ones differ by more. bfloat16 costs the unquantised model 0.021, activations of 8 bits come on top of that.
+    """
     directory = tmp_path / "nano"
     shutil.copytree(NANO, directory)
     meaning = quantised.write(directory, scheme)
@@ -144,7 +145,7 @@ def test_bfloat16_activations(tmp_path, scheme):
         ids = (prompts()[0] * 20)[:length]
         expected = reference.logprobs(ids)
         error = (model_host.all_logits(backbone, ids).float().log_softmax(-1) - expected).abs()
-        assert (error * expected.exp()).sum(-1).mean() < 2e-2
+        assert (error * expected.exp()).sum(-1).mean() < 4e-2
 
 
 def test_parts_in_different_files(tmp_path):

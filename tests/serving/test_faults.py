@@ -71,7 +71,7 @@ def server(folder, clock, reference):
             *NANO_ARGS, "--model-path", str(folder / "nano.gguf"), "--dtype", "float32", "--page-size", "16",
             "--max-running-requests", str(AT_ONCE), "--max-total-tokens", "4096", "--enable-hierarchical-cache",
             "--hicache-ratio", "2", "--swa-full-tokens-ratio", "0.5", "--hicache-write-policy", "write_through",
-            "--hicache-storage-backend", "file", "--hicache-storage-backend-extra-config", extra,
+            *MTP_ARGS, "--hicache-storage-backend", "file", "--hicache-storage-backend-extra-config", extra,
         )  # fmt: skip
     finally:
         pool.stop_all()
