@@ -133,8 +133,8 @@ def test_packed_gates_routers_projections_and_heads(tmp_path):
 
 @pytest.mark.parametrize("scheme", [quantised.compressed(4, 32), quantised.fp8((128, 128))], ids=["INT4", "FP8"])
 def test_bfloat16_activations(tmp_path, scheme):
-    """On nano, at, below and past its window of 64, on average over tokens as likely as the reference finds them; single
-    unlikely ones differ by more. bfloat16 costs the unquantised model 0.021, activations of 8 bits come on top of that.
+    """On nano, at, below and past its window of 64, on average over tokens as likely as the reference finds them, since
+    single unlikely ones differ by more. bfloat16 costs the unquantised model 0.021; activations of 8 bits come on top.
     """
     directory = tmp_path / "nano"
     shutil.copytree(NANO, directory)
