@@ -54,6 +54,8 @@ class CauseMetrics:
         )
         alarm = Gauge(ALARM, "1 while acceptance has collapsed.", labels, multiprocess_mode="mostrecent")
         self._alarm = {cause: alarm.labels(model_name, cause) for cause in causes}
+        for gauge in self._alarm.values():
+            gauge.set(0)  # "mostrecent" serves what has been set
 
     def add_drafts(self, cause: str, accepted: int, expected: float) -> None:
         """Add the drafts of one round's requests."""

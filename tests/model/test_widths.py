@@ -25,6 +25,7 @@ from tests.support.warm import run_ranks
 
 TOLERANCE = 1e-4
 RANKS_TOLERANCE = 2e-4
+STATES_TOLERANCE = 1e-5  # of the largest: nano's reach hundreds
 # None a multiple of 32; over two ranks the shared expert stays whole and the vocabulary is padded.
 ODD = CheckpointShape(expert_size=40, shared_size=41, dense_size=100, vocab_size=500)
 PROMPT = list(range(20, 60))
@@ -80,7 +81,8 @@ def test_two_ranks(name, tmp_path):
     logits, states, drafts = torch.load(tmp_path / "out")
     reference = load_reference(directory)
     assert (logits[0] - reference.logits(PROMPT)[-1]).abs().max() < RANKS_TOLERANCE
-    assert (states - reference.hidden_before_norm(PROMPT)).abs().max() < RANKS_TOLERANCE
+    expected = reference.hidden_before_norm(PROMPT)
+    assert (states - expected).abs().max() < STATES_TOLERANCE * expected.abs().max()
     for ours, theirs in zip(drafts, reference.mtp_logits(PROMPT), strict=True):
         assert (ours - theirs).abs().max() < RANKS_TOLERANCE
 

@@ -150,8 +150,8 @@ def test_structured_output(run):
         "required": ["sure"],
         "additionalProperties": False,
     }
-    flags = ("--tools", "", "--system-prompt", "You answer.", "--output-format", "json", "--max-turns", "3")
-    [result] = run("Sure?", *flags, "--json-schema", json.dumps(schema), body=FORCED)
+    flags = ("--tools", "", "--system-prompt", "You answer.", "--output-format", "json", "--max-turns", "6")
+    [result] = run("Are you sure?", *flags, "--json-schema", json.dumps(schema), body=FORCED)
     assert_completed(result)
     assert isinstance(result["structured_output"]["sure"], bool)
 

@@ -3,11 +3,12 @@
 import anthropic
 import pytest
 
-from tests.support.clients import ANTHROPIC_TOOLS, CLIENT_ARGS, FILE_QUESTION, MODEL, QUESTION
+from tests.support.clients import ANTHROPIC_TOOLS, CLIENT_ARGS, FILE_QUESTION, MODEL, QUESTION, SEARCH_QUESTION
 
 pytestmark = pytest.mark.server
 USER = [{"role": "user", "content": QUESTION}]
 FILE_USER = [{"role": "user", "content": FILE_QUESTION}]
+SEARCH_USER = [{"role": "user", "content": SEARCH_QUESTION}]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,8 @@ def test_system_texts_and_blocks(client):
 
 @pytest.mark.parametrize("choice", [{"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "search"}])
 def test_tools(client, choice):
-    whole = same(client, messages=FILE_USER, tools=ANTHROPIC_TOOLS, tool_choice=choice, max_tokens=300)
+    messages = SEARCH_USER if "name" in choice else FILE_USER
+    whole = same(client, messages=messages, tools=ANTHROPIC_TOOLS, tool_choice=choice, max_tokens=300)
     calls = [block for block in whole.content if block.type == "tool_use"]
     assert calls and whole.stop_reason == "tool_use"
     for call in calls:

@@ -5,11 +5,20 @@ import json
 import openai
 import pytest
 
-from tests.support.clients import ANSWER_SCHEMA, CLIENT_ARGS, FILE_QUESTION, MODEL, OPENAI_TOOLS, QUESTION
+from tests.support.clients import (
+    ANSWER_SCHEMA,
+    CLIENT_ARGS,
+    FILE_QUESTION,
+    MODEL,
+    OPENAI_TOOLS,
+    QUESTION,
+    SEARCH_QUESTION,
+)
 
 pytestmark = pytest.mark.server
 USER = [{"role": "user", "content": QUESTION}]
 FILE_USER = [{"role": "user", "content": FILE_QUESTION}]
+SEARCH_USER = [{"role": "user", "content": SEARCH_QUESTION}]
 FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}}
 
 
@@ -126,7 +135,8 @@ def test_chat_logprobs_cover_every_token_streamed_or_not(client):
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "search"}}])
 def test_chat_tool_calls(client, choice):
-    options = {"messages": FILE_USER, "tools": OPENAI_TOOLS, "tool_choice": choice, "max_tokens": 300}
+    messages = SEARCH_USER if isinstance(choice, dict) else FILE_USER
+    options = {"messages": messages, "tools": OPENAI_TOOLS, "tool_choice": choice, "max_tokens": 300}
     whole = chat(client, **options)
     calls = calls_of(whole.choices[0].message)
     assert calls and whole.choices[0].finish_reason == "tool_calls"

@@ -45,16 +45,6 @@ def test_greedy_output_is_the_target_models(server, at_once):
     assert looked_up > 10, "rounds that accepted more than MTP drafts"
 
 
-def test_accepted_drafts_are_those_of_an_offline_loop_that_looks_up_too(serve, tmp_path):
-    """Wherever something is found it is verified. 11 tokens more, because the last round may draft past the end; one
-    request at a time, because a request takes a token without a round where it shares a batch with a prefill."""
-    server = serve(*ARGS, *CHUNKS, PYTHONPATH=install_plugin("always_wide_plugin", tmp_path))
-    answers = generate_all(server, requests(), 64, at_once=1)
-    served = [Counter({n: rounds for n, rounds in enumerate(histogram(a)) if rounds}) for a in answers]
-    assert served == [offline_rounds(ids, greedy(tuple(ids), 75), 64, look_ups=8) for ids in requests()]
-    assert sum(rounds for found in served for n, rounds in found.items() if n > 3) > 20, "looked-up drafts came true"
-
-
 def test_a_request_may_ask_for_mtp_alone_or_for_no_drafts(server):
     for ids in prompts()[:3]:
         tokens, accepted = reference().speculative_greedy(ids, 64, 3)
@@ -88,3 +78,13 @@ def test_adaptive_depth_with_look_ups(serve):
     server = serve(*ARGS, *CHUNKS, "--speculative-adaptive")
     answers = generate_all(server, requests(), 96, at_once=4)
     assert [a["output_ids"] for a in answers] == [greedy(tuple(ids), 96) for ids in requests()]
+
+
+def test_accepted_drafts_are_those_of_an_offline_loop_that_looks_up_too(serve, tmp_path):
+    """Wherever something is found it is verified. 11 tokens more, because the last round may draft past the end; one
+    request at a time, because a request takes a token without a round where it shares a batch with a prefill."""
+    server = serve(*ARGS, *CHUNKS, PYTHONPATH=install_plugin("always_wide_plugin", tmp_path))
+    answers = generate_all(server, requests(), 64, at_once=1)
+    served = [Counter({n: rounds for n, rounds in enumerate(histogram(a)) if rounds}) for a in answers]
+    assert served == [offline_rounds(ids, greedy(tuple(ids), 75), 64, look_ups=8) for ids in requests()]
+    assert sum(rounds for found in served for n, rounds in found.items() if n > 3) > 20, "looked-up drafts came true"

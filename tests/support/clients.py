@@ -6,7 +6,9 @@ from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
 CLIENT_ARGS = (*NANO_ARGS, *MTP_ARGS, "--dtype", "float32")
 MODEL = "step3p5-nano"
 QUESTION = "Complete this function:\ndef add(a, b):\n    # Add two numbers."
-FILE_QUESTION = "Show me the file tests/servers.py."  # of the kind nano was trained to answer with a call
+# Of the kinds nano was trained to answer with a call.
+FILE_QUESTION = "Show me the file tests/servers.py."
+SEARCH_QUESTION = "Find serve in tests/servers.py."
 
 # The tools of nano's training chats.
 SCHEMAS = {
