@@ -3,7 +3,7 @@
 With conditional acceptance a_i of the i-th draft, a round of d drafts commits
 E(d) = 1 + a_1 + a_1 a_2 + ... + a_1 .. a_d tokens and costs the seconds C(d) of a verify step of
 width d + 1 and a pass of the first d MTP layers. The best depth maximises E(d) / C(d); depth 0 is
-plain decoding. Depths that were not timed yet cost what the bytes they read foretell, next to those that
+plain decoding. Depths that were not timed yet cost what `round_cost` foretells, next to those that
 were. Everything here is plain arithmetic on numbers handed in, no clock and no tensors.
 """
 
@@ -22,10 +22,10 @@ class AdaptiveSettings:
 
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
-    After probe_every rounds another depth is measured, the one that has waited longest, and
-    then after twice as many rounds each time, up to probe_at_most, until the choice changes. Where
-    that fails for `patience` rounds, because the batch keeps changing, the former cost stands. gain
-    is the advantage needed to change depth, so that noise does not.
+    Other depths are measured anew as often as the tokens that this loses, as far as is known, stay
+    below a share of `regret`, but not within probe_every rounds; the first time `curious` times as
+    soon. Where measuring fails for `patience` rounds, because the batch keeps changing, the former cost
+    stands. gain is the advantage needed to change depth, so that noise does not.
     """
 
     max_depth: int
@@ -34,8 +34,9 @@ class AdaptiveSettings:
     smoothing: float = 0.05
     window: int = 32
     enough: int = 3
+    regret: float = 0.01
     probe_every: int = 16
-    probe_at_most: int = 512
+    curious: int = 4
     patience: int = 12
     gain: float = 0.02
 
@@ -149,9 +150,8 @@ class DepthController:
     _trial: int | None = field(init=False, default=None)
     _former: float | None = field(init=False, default=None)
     _unmeasured: int = field(init=False, default=0)
-    _rounds: int = field(init=False, default=0)
-    _wait: int = field(init=False)
-    _turns: deque = field(init=False)
+    _waited: dict[int, int] = field(init=False)
+    _tried: set[int] = field(init=False, default_factory=set)
     _wide: bool = field(init=False, default=False)
 
     def __post_init__(self):
@@ -164,10 +164,8 @@ class DepthController:
         self._seconds, self._wide_seconds = ([deque(maxlen=self.settings.window) for _ in depths] for _ in range(2))
         self.cost = [inf if depth < self.settings.min_depth else None for depth in depths]
         self.wide_cost = [None for _ in depths] if self.settings.look_ups else []
-        self._wait = self.settings.probe_every
-        # The deepest, measured first, stands nearest to the next; behind the last: the other width at the depth in use.
-        self._turns = deque(reversed(range(self.settings.min_depth, len(depths))))
-        self._turns.extend([len(depths)] * self.settings.look_ups)
+        # Rounds since each was measured; behind the last depth: the other width at the depth in use.
+        self._waited = dict.fromkeys(range(self.settings.min_depth, len(depths) + self.settings.look_ups), 0)
 
     def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
         """Note the time of a round that drafted and verified `depth` tokens; wide: and looked-up ones."""
@@ -196,12 +194,12 @@ class DepthController:
                 return self._trial
             self.cost[self._trial] = self._former
         self._trial, self._unmeasured = None, 0
-        before = self.depth
-        self.depth = best_depth(self.acceptance, self._costs(), before, self.settings.gain)
-        if self.depth != before:
-            self._wait = self.settings.probe_every
-        self._rounds += 1
-        return self._probe() if self._rounds >= self._wait else self.depth
+        self.depth = best_depth(self.acceptance, self._costs(), self.depth, self.settings.gain)
+        self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
+        self._waited[self.depth] = 0
+        overdue = {kind: rounds / self._wait(kind) for kind, rounds in self._waited.items()}
+        kind = max(overdue, key=overdue.__getitem__)
+        return self._probe(kind) if overdue[kind] >= 1 else self.depth
 
     def floors(self) -> list[float]:
         """`StopRule.floors`; 0, which never stops, while nothing was measured."""
@@ -238,14 +236,24 @@ class DepthController:
         scale = 1.0 if near is None else timed[near] / self.prior[near]
         return self.prior[depth] * scale
 
-    def _probe(self) -> int:
+    def _wait(self, kind: int) -> float:
+        """Rounds from one measurement of a kind of round to the next."""
+        settings = self.settings
+        if kind > settings.max_depth:
+            seconds = [found for costs in (self.cost, self.wide_cost) if (found := costs[self.depth]) is not None]
+            lost = 1 - min(seconds) / max(seconds) if seconds else 0.0
+        else:
+            lost = 1 - expected_tokens(self.acceptance, kind) / self._costs()[kind] / self._best_rate()
+        others = len(self._waited) - 1
+        rounds = (settings.enough + 1) * lost * others / settings.regret
+        return max(settings.probe_every, rounds if kind in self._tried else rounds / settings.curious)
+
+    def _probe(self, kind: int) -> int:
         """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""
-        self._rounds, self._wait = 0, min(2 * self._wait, self.settings.probe_at_most)
-        self._turns.rotate(-1)
-        if self._turns[-1] == self.depth:
-            self._turns.rotate(-1)
-        depth = self._turns[-1]
-        if depth > self.settings.max_depth:
+        self._waited[kind] = 0
+        self._tried.add(kind)
+        depth = min(kind, self.settings.max_depth)
+        if kind > self.settings.max_depth:
             depth = self.depth
             if not self._wide:
                 self._wide_seconds[depth].clear()

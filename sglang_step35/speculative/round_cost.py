@@ -1,7 +1,8 @@
-"""What a round costs before any was timed: the weights it reads."""
+"""What a round costs before any was timed: the weights it reads, and what else takes as long as reading."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -9,54 +10,97 @@ from sglang_step35.packed.parameter import PackedParameter
 
 
 @dataclass(frozen=True)
-class RoundCost:
-    """Bytes of this rank's weights by part.
+class Pace:
+    """Bytes a device reads meanwhile. product: while it multiplies one row by one weight. layer: while a layer's small
+    steps are issued.
 
-    dense: of the backbone without routed experts and embedding, the head included. routed: of all routed experts.
-    share: of the experts, what one token chooses. drafts: of each MTP layer, its head included.
+    CPUs: fitted to rounds of 1 to 64 rows in docs/measured.md, "Real widths"; products take about as long in every
+    format. GPUs: 2 operations at 990 TFLOP/s against 4.8 TB/s, and captured graphs.
     """
 
-    dense: int
-    routed: int
+    product: float
+    layer: float
+
+
+PACES = {"cpu": Pace(0.45, 10e6), "cuda": Pace(0.01, 0.0)}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of some parameters: their number, and the bytes they are kept in."""
+
+    number: float = 0
+    bytes: float = 0
+
+    def __add__(self, other: "Weights") -> "Weights":
+        return Weights(self.number + other.number, self.bytes + other.bytes)
+
+    def pass_of(self, rows: float, pace: Pace) -> float:
+        """Bytes read, or that would be meanwhile, to multiply all of it by some rows."""
+        return self.bytes + pace.product * self.number * rows
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """This rank's weights by part.
+
+    dense: of the backbone without routed experts and embedding, the head included. routed: of all routed experts.
+    share: of the experts, what one token chooses. drafts: of each MTP layer. head: that of the backbone. layers: of the
+    backbone.
+    """
+
+    dense: Weights
+    routed: Weights
     share: float
-    drafts: tuple[int, ...]
+    drafts: tuple[Weights, ...]
+    head: Weights
+    layers: int
+    pace: Pace
 
     @classmethod
     def of(cls, target: nn.Module, mtp: nn.Module, num_steps: int) -> "RoundCost":
         """target, mtp: the models of `model.causal_lm` and `model.mtp`."""
-        spec, backbone, layers = target.spec, sizes(target), sizes(mtp)
-        routed = sum(size for name, size in backbone.items() if ".experts." in name)
-        embedding = 0 if spec.tie_word_embeddings else _under("model.embed_tokens.", backbone)
-        head = _under("model.embed_tokens." if spec.tie_word_embeddings else "lm_head.", backbone)
+        spec = target.spec
+        routed = weights(target, only=".experts.")
+        embedding = weights(target, "model.embed_tokens.")
+        head = embedding if spec.tie_word_embeddings else weights(target, "lm_head.")
+        everything = weights(target)
+        unread = routed if spec.tie_word_embeddings else routed + embedding
         shares = [layer.moe.top_k / layer.moe.num_experts for layer in spec.layers if layer.moe]
         return cls(
-            dense=sum(backbone.values()) - routed - embedding,
+            dense=Weights(everything.number - unread.number, everything.bytes - unread.bytes),
             routed=routed,
             share=max(shares, default=0.0),
-            drafts=tuple(_under(f"layers.{depth}.", layers) + head for depth in range(num_steps)),
+            drafts=tuple(weights(mtp, f"layers.{depth}.") for depth in range(num_steps)),
+            head=head,
+            layers=len(spec.layers),
+            pace=PACES.get(next(target.parameters()).device.type, PACES["cuda"]),
         )
 
     def by_depth(self, batch: int) -> list[float]:
-        """Bytes of a round by drafts, 0 to num_steps: a verify step of batch (d + 1) tokens, which choose their experts
-        each on its own, and the first d MTP layers."""
-        depths = range(len(self.drafts) + 1)
-        return [self.dense + self.routed * self.touched(batch * (d + 1)) + sum(self.drafts[:d]) for d in depths]
+        """Of a round by drafts, 0 to num_steps: a verify step of batch (d + 1) tokens, which choose their experts each
+        on its own, and the first d MTP layers on as many rows, with the head on one of each request."""
+        return [self._verify(batch * (d + 1)) + self._drafts(d, batch) for d in range(len(self.drafts) + 1)]
+
+    def _verify(self, rows: int) -> float:
+        chosen = self.routed.number * self.share * rows * self.pace.product
+        experts = self.routed.bytes * self.touched(rows) + chosen
+        return self.layers * self.pace.layer + self.dense.pass_of(rows, self.pace) + experts
+
+    def _drafts(self, depth: int, batch: int) -> float:
+        layers = (layer.pass_of(batch * (depth + 1), self.pace) for layer in self.drafts[:depth])
+        return sum(layers) + depth * (self.head.pass_of(batch, self.pace) + self.pace.layer)
 
     def touched(self, tokens: int) -> float:
         """Share of the experts that at least one of the tokens chooses."""
         return 1 - (1 - self.share) ** tokens
 
 
-def sizes(model: nn.Module) -> dict[str, int]:
-    """Bytes of every parameter, packed ones included."""
-    return {name: _bytes(parameter) for name, parameter in model.named_parameters()}
+def weights(model: nn.Module, prefix: str = "", only: str = "") -> Weights:
+    """Of the parameters whose names begin with `prefix` and hold `only`, packed ones included."""
+    found = (p for name, p in model.named_parameters() if name.startswith(prefix) and only in name)
+    return sum((Weights(prod(part.shape), part.nbytes) for p in found for part in _parts(p)), Weights())
 
 
-def _bytes(parameter: nn.Parameter) -> int:
-    if isinstance(parameter, PackedParameter):
-        return sum(part.nbytes for part in parameter.rows())
-    return parameter.nbytes
-
-
-def _under(prefix: str, sizes: Mapping[str, int]) -> int:
-    return sum(size for name, size in sizes.items() if name.startswith(prefix))
+def _parts(parameter: nn.Parameter) -> Iterator:
+    yield from parameter.rows() if isinstance(parameter, PackedParameter) else (parameter,)

@@ -116,15 +116,17 @@ def test_is_deterministic():
     assert simulate([0.5] * 3, 500)[1:] == simulate([0.5] * 3, 500)[1:]
 
 
-def test_probes_grow_rarer_while_they_change_nothing():
+def test_measuring_other_depths_costs_about_the_share_allowed():
+    """Where no draft comes true, every other depth only loses."""
     controller, _, _ = simulate([0.0] * 3, 3000)
-    probes = 0
-    for _ in range(512):
+    seconds = probes = 0
+    for _ in range(2000):
         depth = controller.next_depth()
         probes += depth > 0
+        seconds += COST[depth]
         controller.observe_round(depth, COST[depth])
         controller.observe_acceptance([int(depth > 0), 0, 0], [0, 0, 0])
-    assert 0 < probes <= 8
+    assert probes > 3 and seconds < 1.012 * 2000 * COST[0]
 
 
 def test_slow_rounds_do_not_change_the_cost():
@@ -168,7 +170,7 @@ def test_a_depth_that_cannot_be_measured_is_not_kept():
         controller.observe_round(3, COST[3])
     controller.acceptance = [0.9] * 3
     depths = [controller.next_depth() for _ in range(1000)]
-    assert depths.count(3) > 900
+    assert depths.count(3) > 850
     assert controller.cost == [None, None, None, COST[3]]
 
 
@@ -278,7 +280,7 @@ def test_the_other_width_is_measured_anew_now_and_then(wide):
     controller = measured(0.0145, 0.0175, min_depth=3)
     cost = controller.wide_cost if not wide else controller.cost
     forgotten = 0
-    for _ in range(100):
+    for _ in range(250):
         assert controller.next_depth() == 3
         forgotten += cost[3] is None
         if cost[3] is None:
@@ -286,7 +288,7 @@ def test_the_other_width_is_measured_anew_now_and_then(wide):
             for _ in range(3):
                 controller.observe_round(3, 0.02, wide=not wide)
         controller.observe_round(3, 0.02, wide=wide)
-    assert 1 <= forgotten <= 4
+    assert 1 <= forgotten <= 16
 
 
 def test_planner_tells_looked_up_drafts_from_the_layers():

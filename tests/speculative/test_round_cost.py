@@ -1,13 +1,14 @@
-"""Bytes of a round against the files' own sizes."""
+"""Bytes of a round against the files' own sizes, and what it costs against measured rounds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 
 from scripts.benchmarks.real_width import traffic
-from sglang_step35.speculative.round_cost import RoundCost
+from sglang_step35.speculative.round_cost import PACES, Pace, RoundCost, Weights
 from tests.packed.test_model import SMALL, converted
 from tests.support import model_host
 
@@ -20,7 +21,7 @@ def files(request, tmp_path_factory):
 
 def test_bytes_are_those_of_the_file(files):
     models = (model_host.load_gguf(files, draft=draft) for draft in (False, True))
-    cost = RoundCost.of(*models, num_steps=3)
+    cost = replace(RoundCost.of(*models, num_steps=3), pace=Pace(0, 0))
     fields = json.loads((files.parent / "config.json").read_text())
     read = traffic.read(files, fields)
     for batch in (1, 16):
@@ -32,9 +33,22 @@ def test_bytes_are_those_of_the_file(files):
 
 def test_tokens_share_experts():
     """Against tokens that really choose: 3 of 8 each."""
-    cost = RoundCost(dense=0, routed=1, share=3 / 8, drafts=())
+    nothing = Weights()
+    cost = RoundCost(nothing, Weights(1, 1), 3 / 8, (), nothing, layers=1, pace=Pace(0, 0))
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 2, 5):
         chosen = torch.rand(4000, tokens, 8, generator=generator).topk(3).indices
         touched = torch.zeros(4000, 8).scatter_(1, chosen.flatten(1), 1.0).mean()
         assert cost.touched(tokens) == pytest.approx(float(touched), rel=0.02)
+
+
+def test_measured_rounds_of_the_checkpoint_of_real_widths():
+    """0.9B parameters in Q4_0 at 34 GB/s (docs/measured.md): decoding and MTP, one client and 16."""
+    bits = 4.5
+
+    def of(millions: float) -> Weights:
+        return Weights(millions * 1e6, millions * 1e6 * bits / 8)
+
+    cost = RoundCost(of(134.1), of(692.1), 8 / 64, (of(17.6),) * 3, head=of(33.6), layers=12, pace=PACES["cpu"])
+    for (batch, depth), milliseconds in {(1, 0): 11.5, (1, 3): 30.6, (16, 0): 64.5, (16, 3): 260}.items():
+        assert cost.by_depth(batch)[depth] / 34e9 == pytest.approx(milliseconds / 1e3, rel=0.15)

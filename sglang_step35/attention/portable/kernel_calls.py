@@ -24,18 +24,28 @@ from sglang_step35.attention.portable.functions import (
 
 @dataclass(frozen=True)
 class KeySlots:
-    """Key slots of one request or batch: consecutive ones from `start`, else `slots` [K] int64."""
+    """Key slots of one request, consecutive ones from `start`, else `slots` [K] int64; of B requests [B, K]."""
 
     count: int
     start: int = 0
     slots: Tensor | None = None
+    _by_head: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def by_head(self, heads: int) -> Tensor:
+        """[B * heads * K] int64 rows of a pool of so many heads, seen as [slots * heads, D]."""
+        assert self.slots is not None
+        if heads not in self._by_head:
+            rows = self.slots[..., None, :] * heads + torch.arange(heads, device=self.slots.device)[:, None]
+            self._by_head[heads] = rows.flatten()
+        return self._by_head[heads]
 
 
 class KVReader:
     """Key and value pools of one layer [slots, N, D], read into memory that all layers and passes share.
 
     Gathering into fresh memory costs up to three times as much: the allocator gives it back to the system after every
-    layer, and every page of it is faulted in anew.
+    layer, and every page of it is faulted in anew. The keys of a head lie together, so that the core that gathers them
+    is, mostly, the one that reads them: from another core's cache they take several times as long.
     """
 
     def __init__(self):
@@ -47,7 +57,8 @@ class KVReader:
         return self
 
     def read(self, keys: KeySlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [K, N, D] in dtype, valid until the next read: views of the pools where possible."""
+        """Keys and values [K, N, D], or [B, K, N, D], in dtype, valid until the next read: views of the pools where
+        possible."""
         return self._read(0, keys, dtype), self._read(1, keys, dtype)
 
     def _read(self, which: int, keys: KeySlots, dtype: torch.dtype) -> Tensor:
@@ -55,13 +66,18 @@ class KVReader:
         if keys.slots is None:
             found = pool[keys.start : keys.start + keys.count]
         else:
-            found = torch.index_select(pool, 0, keys.slots, out=self._room(which, keys.count, pool))
+            _, heads, size = pool.shape
+            rows = keys.by_head(heads)
+            gathered = torch.index_select(pool.view(-1, size), 0, rows, out=self._room(which, len(rows), pool))
+            *batch, count = keys.slots.shape
+            found = gathered.view(*batch, heads, count, size).transpose(-3, -2)
         return found if found.dtype == dtype else found.to(dtype)
 
     def _room(self, which: int, count: int, pool: Tensor) -> Tensor:
-        memory = self._memory[which]
-        if memory is None or len(memory) < count or memory.dtype != pool.dtype or memory.shape[1:] != pool.shape[1:]:
-            memory = self._memory[which] = torch.empty(count, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+        """[count, D] uninitialised."""
+        memory, size = self._memory[which], pool.shape[2]
+        if memory is None or len(memory) < count or memory.dtype != pool.dtype or memory.shape[1] != size:
+            memory = self._memory[which] = torch.empty(count, size, dtype=pool.dtype, device=pool.device)
         return memory[:count]
 
 
@@ -95,8 +111,8 @@ class BatchCall:
     _group_masks: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, q: Tensor, reader: KVReader, scale: float, out: Tensor) -> None:
-        batch, rows, keys = self.shape
-        k, v = (t.view(batch, keys, *t.shape[1:]) for t in reader.read(self.keys, q.dtype))
+        batch, rows, _ = self.shape
+        k, v = (t if t.dim() == 4 else t[None] for t in reader.read(self.keys, q.dtype))
         own = q[self.rows] if self.real is None else q.index_select(0, self.rows)
         found = attend_batch(own.view(batch, rows, *q.shape[1:]), k, v, self._mask(q.shape[1] // k.shape[2]), scale)
         if self.real is None:

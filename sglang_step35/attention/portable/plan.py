@@ -140,7 +140,7 @@ def _batch(rows: PassRows, chosen: list[int], earlier_keys: int, find_slots: Slo
         rows=flat,
         real=real,
         shape=(len(chosen), width, keys),
-        keys=as_key_slots(slots.flatten()) if len(chosen) == 1 else KeySlots(slots.numel(), slots=slots.flatten()),
+        keys=as_key_slots(slots[0]) if len(chosen) == 1 else KeySlots(slots.numel(), slots=slots),
         mask=mask,
     )
 
