@@ -24,8 +24,9 @@ class AdaptiveSettings:
     `enough` of them: whatever else the machine does only ever adds time.
     Other depths are measured anew as often as the tokens that this loses, as far as is known, stay
     below a share of `regret`, but not within probe_every rounds; the first time `curious` times as
-    soon. Where measuring fails for `patience` rounds, because the batch keeps changing, the former cost
-    stands. gain is the advantage needed to change depth, so that noise does not.
+    soon. The first trial of all goes on for first_drafts drafts of the first layer. Where measuring
+    fails for `patience` rounds, because the batch keeps changing, the former cost stands. gain is the
+    advantage needed to change depth, so that noise does not.
     """
 
     max_depth: int
@@ -36,6 +37,7 @@ class AdaptiveSettings:
     enough: int = 3
     regret: float = 0.01
     probe_every: int = 16
+    first_drafts: int = 12
     curious: int = 4
     patience: int = 12
     gain: float = 0.02
@@ -188,11 +190,12 @@ class DepthController:
 
     def next_depth(self) -> int:
         """Depth of the next round: the best one known, now and then one to be measured."""
-        if self._trial is not None and self.cost[self._trial] is None:
+        if self._trial is not None and not self._found_out(self._trial):
             self._unmeasured += 1
             if self._unmeasured <= self.settings.patience:
                 return self._trial
-            self.cost[self._trial] = self._former
+            if self.cost[self._trial] is None:
+                self.cost[self._trial] = self._former
         self._trial, self._unmeasured = None, 0
         self.depth = best_depth(self.acceptance, self._costs(), self.depth, self.settings.gain)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
@@ -201,10 +204,15 @@ class DepthController:
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
 
+    def _found_out(self, trial: int) -> bool:
+        """Whether a trial has told what it is for: seconds, and the first one of all, how far drafts come true."""
+        first = not self._tried
+        return self.cost[trial] is not None and (not first or self._drafts[0] >= self.settings.first_drafts)
+
     def floors(self) -> list[float]:
-        """`StopRule.floors`; 0, which never stops, while nothing was measured."""
+        """`StopRule.floors`; 0, which never stops, while a depth is measured."""
         cost, depths = self._costs(), range(1, self.settings.max_depth)
-        if self.cost.count(None) == len(cost):
+        if self._trial is not None:
             return [0.0] * len(depths)
         best = self._best_rate()
         extra = [max(0.0, cost[d + 1] - cost[d]) for d in depths]

@@ -49,6 +49,9 @@ def test_a_pass_stops_where_its_next_layer_gives_less_than_rounds_give_on_averag
     for depth, seconds in enumerate(COST):
         for _ in range(4):
             controller.observe_round(depth, seconds)
+    assert controller.floors() == [0.0, 0.0]  # how far drafts come true is not known yet
+    controller.observe_acceptance([12, 10, 8], [10, 8, 6])
+    controller.next_depth()
     controller.acceptance = [0.8, 0.8, 0.8]
     rate = (1 + 0.8 + 0.64 + 0.512) / 0.0145
     assert controller.floors() == pytest.approx([rate * 0.0015 / 0.8] * 2)
@@ -180,6 +183,7 @@ def test_depths_that_were_not_timed_cost_what_their_bytes_foretell():
     for _ in range(3):
         assert controller.next_depth() == 3
         controller.observe_round(3, COST[3])
+        controller.observe_acceptance([4, 3, 3], [3, 3, 2])
     controller.acceptance = [0.8, 0.8, 0.8]
     assert controller.next_depth() == 3
     rate = 2.952 / COST[3]
