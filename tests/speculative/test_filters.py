@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_step35.speculative.filters import CANDIDATES, Filters
+from sglang_step35.speculative.filters import CANDIDATES, GROWTH, Filters
 
-VOCAB = 5 * CANDIDATES + 321
+VOCAB = 2 * GROWTH * CANDIDATES + 321
 ROWS = {  # scale of the logits, top_k, top_p, min_p
     "peaked": (4.0, 1 << 30, 0.95, 0.0),
+    "more than the first look": (2.0, 1 << 30, 0.9, 0.0),
     "top_k": (1.0, 50, 1.0, 0.0),
     "top_k beyond the first look": (1.0, CANDIDATES + 7, 1.0, 0.0),
     "top_k at the edge of the first look": (1.0, CANDIDATES, 1.0, 0.0),
@@ -55,9 +56,11 @@ def test_a_batch_of_all_kinds(probs):
         assert abs(int((found[row] > 0).sum()) - int((wanted > 0).sum())) <= 1, name
 
 
-@pytest.mark.parametrize("kind", range(3))
-def test_one_filter_alone(probs, kind):
-    name = ("top_k", "peaked", "min_p")[kind]
+ALONE = [(0, "top_k"), (1, "peaked"), (1, "more than the first look"), (1, "flat, half of them stay"), (2, "min_p")]
+
+
+@pytest.mark.parametrize("kind, name", ALONE)
+def test_one_filter_alone(probs, kind, name):
     row = list(ROWS).index(name)
     fields = [None, None, None]
     fields[kind] = torch.tensor([ROWS[name][1 + kind]])
