@@ -166,6 +166,13 @@ def test_keys_in_place():
     assert reader.read(as_key_slots(torch.arange(2)), torch.bfloat16)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("earlier_keys", [ALL_KEYS, 31, 600])
+def test_kept_masks_are_those_of_batches(earlier_keys):
+    for rows, keys in ((1, 1), (4, 4), (4, 255), (4, 256), (7, 632)):
+        batch = functions.batch_mask(rows, keys, torch.tensor([keys, 9000]), earlier_keys)
+        assert torch.equal(functions.aligned_mask(rows, keys, earlier_keys).expand_as(batch), batch)
+
+
 def test_decode_reads_the_window_in_one_call():
     """All requests in one call, and no slot outside their windows among its keys."""
     table = slot_table(3, 300, 1)

@@ -9,11 +9,13 @@ own [slot, N, D] layout, and the G query heads of a key head become rows of one 
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+MASK_KEYS = 256  # masks are kept for multiples of so many keys
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the variant that returns the log-sum-exp
 
 
@@ -45,6 +47,17 @@ def batch_mask(rows: int, keys: int, ends: Tensor, earlier_keys: int) -> Tensor:
     seen = seen & exists[:, None]
     seen[..., -1] |= ~seen.any(-1)
     return additive(seen)[:, None]
+
+
+def aligned_mask(rows: int, keys: int, earlier_keys: int) -> Tensor:
+    """`batch_mask` where nothing is padded: [1, 1, rows, keys], of all requests; keys >= rows. Read only."""
+    kept = -(-keys // MASK_KEYS) * MASK_KEYS
+    return _kept_mask(rows, kept, earlier_keys)[:, :, :, kept - keys :]
+
+
+@lru_cache(maxsize=64)
+def _kept_mask(rows: int, keys: int, earlier_keys: int) -> Tensor:
+    return additive(visible_keys(rows, keys, earlier_keys))[None, None]
 
 
 def group_mask(mask: Tensor, group: int) -> Tensor:

@@ -107,7 +107,7 @@ class BatchCall:
     real: tuple[Tensor, Tensor] | None
     shape: tuple[int, int, int]  # B, Q, K
     keys: KeySlots
-    mask: Tensor | None  # [B, 1, Q, K]
+    mask: Tensor | None  # [B or 1, 1, Q, K]
     _group_masks: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, q: Tensor, reader: KVReader, scale: float, out: Tensor) -> None:

@@ -13,7 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sglang_step35.attention.portable.functions import additive, batch_mask, contiguous_runs, visible_keys
+from sglang_step35.attention.portable.functions import (
+    additive,
+    aligned_mask,
+    batch_mask,
+    contiguous_runs,
+    visible_keys,
+)
 from sglang_step35.attention.portable.kernel_calls import (
     BatchCall,
     BlockCall,
@@ -133,8 +139,11 @@ def _batch(rows: PassRows, chosen: list[int], earlier_keys: int, find_slots: Slo
     positions = torch.maximum(ends[:, None] + torch.arange(-keys, 0, device=device), first[:, None])
     requests = rows.requests if len(chosen) == len(rows.counts) else rows.requests[chosen]
     slots = find_slots(requests[:, None], positions)
-    exact = width == 1 and min(spans) == keys  # then every key is visible
-    mask = None if exact else batch_mask(width, keys, ends, earlier_keys)
+    mask = None
+    if min(spans) < keys or keys < width:
+        mask = batch_mask(width, keys, ends, earlier_keys)
+    elif width > 1:  # a single row sees every key
+        mask = aligned_mask(width, keys, earlier_keys)
     flat, real = _flat_rows(rows, chosen, width)
     return BatchCall(
         rows=flat,
