@@ -28,8 +28,8 @@ class DepthPlanner:
     """Adaptive depth and width for the worker: one controller per power of two of batch sizes.
 
     Without `settings.adaptive` every round drafts num_steps tokens; whether looked-up ones follow is measured
-    nevertheless. Of what decides the depth only the seconds differ
-    between ranks, so rank 0's clock serves all.
+    nevertheless. Of what decides the depth only the seconds and their
+    prior differ between ranks, so rank 0's serve all.
 
     prior: what rounds of a batch size cost by depth, 0 to num_steps, in any unit, before they are timed.
     """
@@ -104,7 +104,8 @@ class DepthPlanner:
             settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
             # The text stays the same when the batch changes.
             known = list(self._latest.acceptance) if self._latest else []
-            self._controllers[bucket] = DepthController(settings, self._prior(batch_size), known)
+            prior = list(map(self._ranks.same_number, self._prior(batch_size)))
+            self._controllers[bucket] = DepthController(settings, prior, known)
         self._latest = self._controllers[bucket]
         return self._latest
 
