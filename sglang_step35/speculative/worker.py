@@ -103,7 +103,7 @@ class Step35SpecWorker(BaseSpecWorker):
             device=runner.device,
         )
         set_lag(req_to_token_pool, self.store.lag.of)
-        self.depths = DepthPlanner(self.settings, self._bytes_by_depth, ranks=self.ranks)
+        self.depths = DepthPlanner(self.settings, self._cost_by_depth, ranks=self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
         self._draft_worker.reader = self._reader
 
@@ -116,7 +116,7 @@ class Step35SpecWorker(BaseSpecWorker):
         capture_narrow_steps(self.narrow, self.settings, self.ranks)
         self._additional_graph_memory_usage["target_verify"] = self.narrow.gigabytes
 
-    def _bytes_by_depth(self, batch: int) -> list[float]:
+    def _cost_by_depth(self, batch: int) -> list[float]:
         models = self._target_worker.model_runner.model, self._draft_worker.draft_runner.model
         return RoundCost.of(*models, self.settings.num_steps).by_depth(batch)
 
