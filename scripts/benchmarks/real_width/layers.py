@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from torch import Tensor, nn
 
+from sglang_step35.model import single_rank
+from sglang_step35.model.graphed_layers import GraphedLayers
 from tests.support import model_host
 
 KEYS = 512
@@ -41,31 +44,29 @@ class Context:
 @torch.inference_mode()
 def measure(model: nn.Module, rows: int) -> list[float]:
     """Medians."""
-    marks: list[float] = []
-    hooks = []
-    for layer in model.model.layers:
-        hooks.append(layer.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())))
-        hooks.append(layer.register_forward_hook(lambda *_: marks.append(time.perf_counter())))
+    backbone, head = model.model, model.lm_head
+    layers = [GraphedLayers((layer,)) for layer in backbone.layers]
     steps, backend, begun = [], Context(), time.perf_counter()
     while len(steps) <= WARM or (len(steps) < WARM + STEPS and time.perf_counter() - begun < SECONDS):
         batch = model_host.batch_of(torch.randint(0, model.spec.vocab_size, (rows,)).tolist())
-        marks.clear()
         with forward_context(ForwardContext(attn_backend=backend), forward_batch=batch):
-            started = time.perf_counter()
-            model.lm_head.quant_method.apply(model.lm_head, model.model(batch.input_ids, batch.positions, batch)[0])
-            whole = time.perf_counter() - started
-        layers = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
-        steps.append([*layers, whole - sum(layers)])
-    for hook in hooks:
-        hook.remove()
+            marks = [time.perf_counter()]
+            backbone.rows.start(batch.positions)
+            x = backbone.embed_tokens(batch.input_ids)
+            ends = time.perf_counter() - marks[0]
+            marks[0] += ends
+            for layer in layers:
+                x = layer(x, batch)
+                marks.append(time.perf_counter())
+            single_rank.logits(backbone.norm(x), head)
+            ends += time.perf_counter() - marks[-1]
+        steps.append([*(end - start for start, end in pairwise(marks)), ends])
     return [round(1000 * statistics.median(times), 3) for times in zip(*steps[WARM:], strict=True)]
 
 
 def main(path: str, *rows: str) -> None:
     file = Path(path)
     model = (model_host.load_gguf if file.is_file() else model_host.load)(file, dtype="bfloat16")
-    if model.model.runs_single_rank:
-        raise ValueError(f"{file}: not packed; its layers are not called one by one")
     print(json.dumps({int(count): measure(model, int(count)) for count in rows or ("1",)}))
 
 
