@@ -30,7 +30,8 @@ def main() -> None:
         finally:
             pool.stop_all()
     print_table(result)
-    print(json.dumps({"bench": "restart", "checkpoint": options.checkpoint, "length": options.length} | result))
+    asked = {"checkpoint": options.checkpoint, "length": options.length, "dtype": options.dtype}
+    print(json.dumps({"bench": "restart"} | asked | result))
 
 
 def parse_options() -> argparse.Namespace:
@@ -38,6 +39,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=20000, help="tokens of the conversation")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--checkpoint", choices=["nano", "wide"], default="nano")
+    parser.add_argument("--dtype", default="bfloat16", help="float32: both answers must be one text")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--folder", type=Path, help="where the files go for the time of the run")
     return parser.parse_args()
@@ -52,18 +54,20 @@ def run(pool: ServerPool, folder: Path, options: argparse.Namespace) -> dict:
     written = wait_until_written(kept)
     turn = ids + first.ids + context_ids(TAIL, seed=50)
     pool.stop_all()
-    found = {"first turn, computed": measured(first)}
+    answers = {"first turn, computed": first}
     for name, files in {"next turn, read": kept, "next turn, computed": empty}.items():
-        found[name] = measured(stream(start(pool, model, files, options), turn, TOKENS))
+        answers[name] = stream(start(pool, model, files, options), turn, TOKENS)
         pool.stop_all()
     shutil.rmtree(kept)
-    return {"turns": found, "files": written[0], "mib": written[1] >> 20}
+    read, computed = (answers[name].ids for name in ("next turn, read", "next turn, computed"))
+    found = {name: measured(answer) for name, answer in answers.items()}
+    return {"turns": found, "same_text": read == computed, "files": written[0], "mib": written[1] >> 20}
 
 
 def start(pool: ServerPool, model: tuple[str, ...], files: Path, options: argparse.Namespace) -> Server:
     tokens = options.length + 4096
     server = pool.get(
-        *NANO_ARGS, *model, *MTP_ARGS, "--dtype", "bfloat16", "--max-total-tokens", str(tokens),
+        *NANO_ARGS, *model, *MTP_ARGS, "--dtype", options.dtype, "--max-total-tokens", str(tokens),
         "--swa-full-tokens-ratio", f"{min(1.0, 8192 / tokens):.5f}", "--chunked-prefill-size", "2048",
         "--page-size", str(options.page_size), "--enable-hierarchical-cache", "--hicache-ratio", "3",
         "--hicache-storage-backend", "file", "--hicache-storage-prefetch-policy", "wait_complete",
@@ -101,7 +105,8 @@ def print_table(result: dict) -> None:
             f"| {name} | {turn['prompt_tokens']} | {turn['read_tokens']} | {turn['seconds']} s "
             f"| {turn['accept_length']} |"
         )
-    print(f"{result['files']} files, {result['mib']} MiB")
+    answers = "the same answer" if result["same_text"] else "different answers"
+    print(f"{result['files']} files, {result['mib']} MiB; {answers} read and computed")
 
 
 if __name__ == "__main__":
