@@ -123,10 +123,10 @@ def test_a_streamed_turn_with_a_short_prompt(run, server):
 
 @pytest.mark.server
 def test_a_tool_call_and_its_result(run, server):
-    """The model has to call a tool in every turn, so the second turn ends the run by --max-turns."""
+    """The model has to call a tool in every turn, so the run ends by --max-turns."""
     before = posts(server)
     switch = {"command": sys.executable, "args": [mcp_switch.__file__]}
-    flags = ("--tools", "", "--system-prompt", "You press.", "--max-turns", "2", "--strict-mcp-config")
+    flags = ("--tools", "", "--system-prompt", "You press.", "--max-turns", "4", "--strict-mcp-config")
     flags += ("--mcp-config", json.dumps({"mcpServers": {"lab": {"type": "stdio", **switch}}}))
     flags += ("--allowedTools", "mcp__lab__press", "--output-format", "stream-json", "--verbose")
     printed = run("Press the switch.", *flags, body=FORCED)
@@ -135,9 +135,13 @@ def test_a_tool_call_and_its_result(run, server):
     calls = [block for block in blocks if block["type"] == "tool_use"]
     results = [block for block in blocks if block["type"] == "tool_result"]
     assert {call["name"] for call in calls} == {"mcp__lab__press"}
-    assert isinstance(calls[0]["input"]["on"], bool)
-    assert results[0]["tool_use_id"] == calls[0]["id"] and not results[0].get("is_error")
-    assert f"switch pressed: {calls[0]['input']['on']}" in json.dumps(results[0]["content"])
+    # A call that ran into its token limit has no arguments.
+    complete = {call["id"]: call["input"]["on"] for call in calls if call["input"]}
+    pressed = [result for result in results if result["tool_use_id"] in complete]
+    assert pressed and not any(result.get("is_error") for result in pressed)
+    for result in pressed:
+        on = complete[result["tool_use_id"]]
+        assert isinstance(on, bool) and f"switch pressed: {on}" in json.dumps(result["content"])
     assert printed[-1]["subtype"] == "error_max_turns"
     assert posts(server) - before >= 2  # more where a turn ran into its token limit and was resumed
 
