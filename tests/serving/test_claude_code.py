@@ -28,7 +28,8 @@ INSTALL_SECONDS = 300
 TURN_SECONDS = 240
 # One line of code at most, so that the model ends its turn.
 SHORT = {"temperature": 0, "stop_sequences": ["\n\n", "):"]}
-FORCED = {"temperature": 0, "tool_choice": {"type": "any"}}
+FORCED = {"temperature": 0.6, "tool_choice": {"type": "any"}}
+TRIES = 6  # of what nano often spoils with blanks up to its token limit
 
 
 @pytest.fixture(scope="session")
@@ -129,17 +130,18 @@ def test_a_tool_call_and_its_result(run, server):
     flags = ("--tools", "", "--system-prompt", "You press.", "--max-turns", "4", "--strict-mcp-config")
     flags += ("--mcp-config", json.dumps({"mcpServers": {"lab": {"type": "stdio", **switch}}}))
     flags += ("--allowedTools", "mcp__lab__press", "--output-format", "stream-json", "--verbose")
-    printed = run("Press the switch.", *flags, body=FORCED)
-    turns = [message for message in printed if message["type"] in ("assistant", "user")]
-    blocks = [block for message in turns for block in message["message"]["content"]]
-    calls = [block for block in blocks if block["type"] == "tool_use"]
-    results = [block for block in blocks if block["type"] == "tool_result"]
-    assert {call["name"] for call in calls} == {"mcp__lab__press"}
-    # A call that ran into its token limit has no arguments.
-    complete = {call["id"]: call["input"]["on"] for call in calls if call["input"]}
-    pressed = [result for result in results if result["tool_use_id"] in complete]
-    assert pressed and not any(result.get("is_error") for result in pressed)
-    for result in pressed:
+    for _ in range(TRIES):
+        printed = run("Press the switch.", *flags, body=FORCED)
+        turns = [message for message in printed if message["type"] in ("assistant", "user")]
+        blocks = [block for message in turns for block in message["message"]["content"]]
+        calls = [block for block in blocks if block["type"] == "tool_use"]
+        assert {call["name"] for call in calls} <= {"mcp__lab__press"}
+        complete = {call["id"]: call["input"]["on"] for call in calls if "on" in call["input"]}
+        results = [block for block in blocks if block["type"] == "tool_result" and block["tool_use_id"] in complete]
+        if results:
+            break
+    assert results and not any(result.get("is_error") for result in results)
+    for result in results:
         on = complete[result["tool_use_id"]]
         assert isinstance(on, bool) and f"switch pressed: {on}" in json.dumps(result["content"])
     assert printed[-1]["subtype"] == "error_max_turns"
@@ -155,7 +157,10 @@ def test_structured_output(run):
         "additionalProperties": False,
     }
     flags = ("--tools", "", "--system-prompt", "You answer.", "--output-format", "json", "--max-turns", "6")
-    [result] = run("Are you sure?", *flags, "--json-schema", json.dumps(schema), body=FORCED)
+    for _ in range(TRIES):
+        [result] = run("Are you sure?", *flags, "--json-schema", json.dumps(schema), body=FORCED)
+        if result["subtype"] == "success":
+            break
     assert_completed(result)
     assert isinstance(result["structured_output"]["sure"], bool)
 
