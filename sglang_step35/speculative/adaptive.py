@@ -200,7 +200,8 @@ class DepthController:
         self.depth = best_depth(self.acceptance, self._costs(), self.depth, self.settings.gain)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
-        overdue = {kind: rounds / self._wait(kind) for kind, rounds in self._waited.items()}
+        rates = self._rates()
+        overdue = {kind: rounds / self._wait(kind, rates) for kind, rounds in self._waited.items()}
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
 
@@ -232,7 +233,11 @@ class DepthController:
 
     def _best_rate(self) -> float:
         """Tokens a second at the best depth."""
-        return max(expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(self._costs()))
+        return max(self._rates())
+
+    def _rates(self) -> list[float]:
+        """Tokens a second by depth."""
+        return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(self._costs())]
 
     def _costs(self) -> list[float]:
         """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one."""
@@ -244,14 +249,14 @@ class DepthController:
         scale = 1.0 if near is None else timed[near] / self.prior[near]
         return self.prior[depth] * scale
 
-    def _wait(self, kind: int) -> float:
-        """Rounds from one measurement of a kind of round to the next."""
+    def _wait(self, kind: int, rates: list[float]) -> float:
+        """Rounds from one measurement of a kind of round to the next, where depths have these rates."""
         settings = self.settings
         if kind > settings.max_depth:
             seconds = [found for costs in (self.cost, self.wide_cost) if (found := costs[self.depth]) is not None]
             lost = 1 - min(seconds) / max(seconds) if seconds else 0.0
         else:
-            lost = 1 - expected_tokens(self.acceptance, kind) / self._costs()[kind] / self._best_rate()
+            lost = 1 - rates[kind] / max(rates)
         others = len(self._waited) - 1
         rounds = (settings.enough + 1) * lost * others / settings.regret
         return max(settings.probe_every, rounds if kind in self._tried else rounds / settings.curious)
@@ -260,7 +265,7 @@ class DepthController:
         """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""
         self._waited[kind] = 0
         self._tried.add(kind)
-        depth = min(kind, self.settings.max_depth)
+        depth = kind
         if kind > self.settings.max_depth:
             depth = self.depth
             if not self._wide:

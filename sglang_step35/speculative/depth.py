@@ -28,8 +28,8 @@ class DepthPlanner:
     """Adaptive depth and width for the worker: one controller per power of two of batch sizes.
 
     Without `settings.adaptive` every round drafts num_steps tokens; whether looked-up ones follow is measured
-    nevertheless. Of what decides the depth only the seconds and their
-    prior differ between ranks, so rank 0's serve all.
+    nevertheless. Of what decides the depth only the seconds and their prior differ between ranks, so rank 0's serve
+    all.
 
     prior: what rounds of a batch size cost by depth, 0 to num_steps, in any unit, before they are timed.
     """
