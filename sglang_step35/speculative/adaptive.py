@@ -8,7 +8,7 @@ were. Everything here is plain arithmetic on numbers handed in, no clock and no 
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, prod
 
@@ -136,13 +136,16 @@ class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
     prior: [max_depth + 1] what rounds cost by depth, in any unit, before they are timed. acceptance: [max_depth]
-    conditional rates, where they are known from elsewhere. cost: [max_depth + 1] measured seconds of a round by depth,
-    None where too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
+    conditional rates, where they are known from elsewhere. upkeep: in the prior's unit, what a round without drafts
+    leaves for a later pass of the MTP layers, whose time no round of its depth shows.
+    cost: [max_depth + 1] measured seconds of a round by depth, None where too few were seen. wide_cost: the same for
+    rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
     prior: Sequence[float]
     acceptance: list[float] = field(default_factory=list)
+    upkeep: float = 0.0
     depth: int = field(init=False)
     cost: list[float | None] = field(init=False)
     wide_cost: list[float | None] = field(init=False)
@@ -164,7 +167,7 @@ class DepthController:
             self.acceptance, self._trial = [0.5] * self.settings.max_depth, self.depth
         depths = range(self.settings.max_depth + 1)
         self._seconds, self._wide_seconds = ([deque(maxlen=self.settings.window) for _ in depths] for _ in range(2))
-        self.cost = [inf if depth < self.settings.min_depth else None for depth in depths]
+        self.cost = [None for _ in depths]
         self.wide_cost = [None for _ in depths] if self.settings.look_ups else []
         # Rounds since each was measured; behind the last depth: the other width at the depth in use.
         self._waited = dict.fromkeys(range(self.settings.min_depth, len(depths) + self.settings.look_ups), 0)
@@ -241,13 +244,16 @@ class DepthController:
 
     def _costs(self) -> list[float]:
         """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one."""
-        timed = {depth: seconds for depth, seconds in enumerate(self.cost) if seconds not in (None, inf)}
-        return [self._foretold(depth, timed) if known is None else known for depth, known in enumerate(self.cost)]
+        scales = self.scales()
+        costs = [scale * foretold for scale, foretold in zip(scales, self.prior, strict=True)]
+        costs[0] += self.upkeep * scales[0]
+        return [inf if depth < self.settings.min_depth else cost for depth, cost in enumerate(costs)]
 
-    def _foretold(self, depth: int, timed: Mapping[int, float]) -> float:
-        near = min(timed, key=lambda other: abs(other - depth), default=None)
-        scale = 1.0 if near is None else timed[near] / self.prior[near]
-        return self.prior[depth] * scale
+    def scales(self) -> list[float]:
+        """By depth, what rounds took for a unit of the prior: of the nearest depth that was timed, 1 without one."""
+        timed = {depth: seconds / self.prior[depth] for depth, seconds in enumerate(self.cost) if seconds is not None}
+        near = (min(timed, key=lambda other: abs(other - depth), default=None) for depth in range(len(self.prior)))
+        return [1.0 if depth is None else timed[depth] for depth in near]
 
     def _wait(self, kind: int, rates: list[float]) -> float:
         """Rounds from one measurement of a kind of round to the next, where depths have these rates."""

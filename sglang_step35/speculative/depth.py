@@ -21,7 +21,7 @@ def depth_limit(req) -> int:
     return (req.sampling_params.custom_params or {}).get(DEPTH_PARAM, sys.maxsize)
 
 
-Prior = Callable[[int], Sequence[float]]
+Prior = Callable[[int], tuple[Sequence[float], float]]
 
 
 class DepthPlanner:
@@ -31,15 +31,23 @@ class DepthPlanner:
     nevertheless. Of what decides the depth only the seconds and their prior differ between ranks, so rank 0's serve
     all.
 
-    prior: what rounds of a batch size cost by depth, 0 to num_steps, in any unit, before they are timed.
+    prior: what rounds of a batch size cost by depth, 0 to num_steps, in any unit, before they are timed; and what a
+    round without drafts leaves for later.
     """
 
-    def __init__(self, settings: MTPSettings, prior: Prior, clock=time.perf_counter, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        settings: MTPSettings,
+        prior: Prior,
+        clock: Callable[[], float] = time.perf_counter,
+        ranks: Ranks = ALONE,
+    ):
         self.settings = settings
         self._prior = prior
         self._clock = clock
         self._ranks = ranks
         self._controllers: dict[int, DepthController] = {}
+        self._sizes: dict[int, int] = {}  # the batch size that a controller's costs are those of
         self._latest: DepthController | None = None
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
@@ -61,8 +69,7 @@ class DepthPlanner:
             return
         now, depth, wide = self._clock(), max(drafted, default=0), offered != drafted
         if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == (depth, wide):
-            seconds = self._ranks.same_number(now - self._last[0])
-            self._controller(len(rids)).observe_round(depth, seconds, wide)
+            self._observe_round(len(self._last[1]), depth, now - self._last[0], wide)
         self._last = (now, frozenset(rids), (depth, wide))
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
@@ -96,22 +103,38 @@ class DepthPlanner:
             return None
         return StopRule(self._controller(batch_size).floors(), self.calibration.table())
 
+    def _observe_round(self, batch_size: int, depth: int, seconds: float, wide: bool) -> None:
+        """Note a round's time as that of a batch of the size that the controller began with."""
+        controller = self._controller(batch_size)
+        began = self._sizes[_bucket(batch_size)]
+        if began != batch_size:
+            seconds *= self._prior(began)[0][depth] / self._prior(batch_size)[0][depth]
+        controller.observe_round(depth, self._ranks.same_number(seconds), wide)
+
     def _controller(self, batch_size: int) -> DepthController:
-        bucket = max(1, batch_size).bit_length()
+        bucket = _bucket(batch_size)
         if bucket not in self._controllers:
+            self._sizes[bucket] = batch_size
             steps = self.settings.num_steps
             lowest = 0 if self.settings.adaptive else steps
             settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
-            # The text stays the same when the batch changes.
+            by_depth, upkeep = self._prior(batch_size)
+            prior, upkeep = list(map(self._ranks.same_number, by_depth)), self._ranks.same_number(upkeep)
+            # The text stays the same when the batch changes, and so does the machine.
             known = list(self._latest.acceptance) if self._latest else []
-            prior = list(map(self._ranks.same_number, self._prior(batch_size)))
-            self._controllers[bucket] = DepthController(settings, prior, known)
+            scales = self._latest.scales() if self._latest else [1.0] * len(prior)
+            prior = [cost * scale for cost, scale in zip(prior, scales, strict=True)]
+            self._controllers[bucket] = DepthController(settings, prior, known, upkeep=upkeep * scales[0])
         self._latest = self._controllers[bucket]
         return self._latest
 
     @property
     def _measures(self) -> bool:
         return self.settings.adaptive or self.settings.look_ups > 0
+
+
+def _bucket(batch_size: int) -> int:
+    return max(1, batch_size).bit_length()
 
 
 def _by_position(offered: list[int], accepted: list[int], count: int) -> tuple[list[int], list[int]]:

@@ -1,5 +1,8 @@
 """The operations of the worker that differ between the portable platform and CUDA."""
 
+import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +13,10 @@ from torch import Tensor
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings
-from sglang_step35.speculative.window import WindowReader
 
 if TYPE_CHECKING:
     from sglang_step35.speculative.verify_graphs import NarrowSteps
+    from sglang_step35.speculative.window import WindowReader
 
 
 def attach_draft_attention(runner) -> None:
@@ -47,7 +50,7 @@ def writes_kv_alone(runner) -> bool:
     return hasattr(runner.attn_backend, "write_kv")
 
 
-def capture_graphs(runner, settings: MTPSettings, reader: WindowReader):
+def capture_graphs(runner, settings: MTPSettings, reader: "WindowReader"):
     """Graphs of the pass of the MTP layers behind a verify step; None where SGLang captures none."""
     from sglang.srt.environ import envs
 
@@ -83,6 +86,23 @@ def _captures_decode_graphs() -> bool:
 def host_reads_are_free(device: torch.device) -> bool:
     """Whether the host may read a tensor without waiting for a stream of kernels."""
     return device.type == "cpu"
+
+
+def eager_rows(device: torch.device | str) -> int:
+    """Rows from which on an eager pass of the MTP layers costs about the same a row.
+
+    On CPUs reading the weights is then less than multiplying by them; on CUDA launching the kernels costs so much that
+    the fewer passes the better.
+    """
+    return 256 if host_reads_are_free(torch.device(device)) else sys.maxsize
+
+
+def round_clock(device: torch.device | str) -> Callable[[], float]:
+    """Seconds to time rounds by.
+
+    On CPUs the work is done in the scheduler's own thread, and what other processes do meanwhile says nothing about it.
+    """
+    return time.thread_time if host_reads_are_free(torch.device(device)) else time.perf_counter
 
 
 def verify_width(needed: int, narrow: "NarrowSteps", device: torch.device) -> int:

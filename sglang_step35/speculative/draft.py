@@ -154,21 +154,24 @@ class MTPDraftWorker(EagleDraftWorkerBase):
 
     @spanned(MTP)
     @torch.inference_mode()
-    def run(self, batch, window: RoundWindow, depth: int, sampler) -> int:
-        """Take in what was verified and run the first `depth` MTP layers over the window: write their KV and choose
-        their drafts.
+    def run(self, batch, window: RoundWindow, depth: int, sampler) -> None:
+        """Take in what was verified and run the MTP layers over the window: write their KV, and choose drafts of the
+        first `depth` of them, fewer when the sampler is done before.
 
         sampler: called with (layer, logits [B, V]), returns the layer's drafts [B] int64.
-        Returns the number of layers that ran: fewer when the sampler stops the pass.
         """
+        last = window.reader.num_layers - 1
         if batch.forward_mode.is_target_verify():
             batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
         with self._pass(batch, window) as layers:
-            for layer in range(depth):
-                layers.put(layer, sampler(layer, layers.logits(layer)))
-                if sampler.done:
-                    return layer + 1
-        return depth
+            for layer in range(last + 1):
+                if layer < depth:
+                    layers.put(layer, sampler(layer, layers.logits(layer)))
+                    depth = layer + 1 if sampler.done else depth
+                elif layer < last or not writes_kv_alone(self.draft_runner):
+                    layers.forward(layer)
+                else:
+                    layers.write_kv(layer)
 
     def _pass(self, batch, window: RoundWindow):
         if self.graphs is not None and self.graphs.serves(batch.forward_mode, window):

@@ -216,6 +216,10 @@ class CapturedPass:
             self.graphs.publish_read_done()
         return out[: self.count]
 
+    def forward(self, layer: int) -> None:
+        """Run a layer for its KV and for the next one."""
+        self.logits(layer)
+
     def put(self, layer: int, drafts: Tensor) -> None:
         """Let the next layer read these drafts [B]."""
         if layer + 1 < self.graphs.num_layers:

@@ -35,6 +35,9 @@ class Weights:
     def __add__(self, other: "Weights") -> "Weights":
         return Weights(self.number + other.number, self.bytes + other.bytes)
 
+    def __sub__(self, other: "Weights") -> "Weights":
+        return Weights(self.number - other.number, self.bytes - other.bytes)
+
     def pass_of(self, rows: float, pace: Pace) -> float:
         """Bytes read, or that would be meanwhile, to multiply all of it by some rows."""
         return self.bytes + pace.product * self.number * rows
@@ -64,11 +67,10 @@ class RoundCost:
         routed = weights(target, only=".experts.")
         embedding = weights(target, "model.embed_tokens.")
         head = embedding if spec.tie_word_embeddings else weights(target, "lm_head.")
-        everything = weights(target)
         unread = routed if spec.tie_word_embeddings else routed + embedding
         shares = [layer.moe.top_k / layer.moe.num_experts for layer in spec.layers if layer.moe]
         return cls(
-            dense=Weights(everything.number - unread.number, everything.bytes - unread.bytes),
+            dense=weights(target) - unread,
             routed=routed,
             share=max(shares, default=0.0),
             drafts=tuple(weights(mtp, f"layers.{depth}.") for depth in range(num_steps)),
@@ -79,8 +81,13 @@ class RoundCost:
 
     def by_depth(self, batch: int) -> list[float]:
         """Of a round by drafts, 0 to num_steps: a verify step of batch (d + 1) tokens, which choose their experts each
-        on its own, and the first d MTP layers on as many rows, with the head on one of each request."""
+        on its own, and, where there are drafts, all MTP layers on as many rows and those before them whose KV came from
+        drafts, the first d with their head on one of each request. Without drafts see `upkeep`."""
         return [self._verify(batch * (d + 1)) + self._drafts(d, batch) for d in range(len(self.drafts) + 1)]
+
+    def upkeep(self, batch: int, rounds: int) -> float:
+        """Of what a plain decode step leaves for a pass of all MTP layers every so many rounds."""
+        return self._layers(batch * rounds) / rounds
 
     def _verify(self, rows: int) -> float:
         chosen = self.routed.number * self.share * rows * self.pace.product
@@ -88,8 +95,13 @@ class RoundCost:
         return self.layers * self.pace.layer + self.dense.pass_of(rows, self.pace) + experts
 
     def _drafts(self, depth: int, batch: int) -> float:
-        layers = (layer.pass_of(batch * (depth + 1), self.pace) for layer in self.drafts[:depth])
-        return sum(layers) + depth * (self.head.pass_of(batch, self.pace) + self.pace.layer)
+        if not depth:
+            return 0.0
+        rows = batch * (depth + len(self.drafts))
+        return self._layers(rows) + depth * self.head.pass_of(batch, self.pace)
+
+    def _layers(self, rows: int) -> float:
+        return sum(layer.pass_of(rows, self.pace) + self.pace.layer for layer in self.drafts)
 
     def touched(self, tokens: int) -> float:
         """Share of the experts that at least one of the tokens chooses."""

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.device import eager_rows
 from sglang_step35.speculative.host_copy import to_device
+from sglang_step35.speculative.lag import Lag
 from sglang_step35.speculative.lookup import LookUps
 from sglang_step35.speculative.settings import MTPSettings
 
@@ -28,7 +30,7 @@ class RequestStore:
     """All state of requests between rounds."""
 
     rings: "RequestRings"
-    lag: "LayerLag"
+    lag: Lag
     drafts: "LastDrafts"
     probs: "DraftProbs"
     counts: "OutputCounts"
@@ -42,7 +44,7 @@ class RequestStore:
         capacity, steps = settings.ring_capacity, settings.num_steps
         return cls(
             rings=RequestRings(pool_size, capacity, hidden_size, dtype, device),
-            lag=LayerLag(pool_size, steps, capacity),
+            lag=Lag(pool_size, steps, capacity, eager_rows(device)),
             drafts=LastDrafts(pool_size),
             probs=DraftProbs(vocab_size, device),
             counts=OutputCounts(vocab_size, device),
@@ -52,7 +54,7 @@ class RequestStore:
     def begin_prefill(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
         """A prefill runs every layer up to ends[b]; firsts[b]: the first position with a known hidden state."""
         self.rings.begin(pool_idx, rids, firsts, ends)
-        self.lag.begin(pool_idx)
+        self.lag.clear(pool_idx)
 
     def begin_round(self, pool_idx: Sequence[int]) -> None:
         """A round verifies these requests, the only ones that decode."""
@@ -131,47 +133,6 @@ class RequestRings:
             raise ValueError(f"{width} positions do not fit a ring of {self.capacity}: one would stand for two")
         offsets = torch.arange(width, device=start.device)
         return (start[:, None] + offsets) % self.capacity
-
-
-class LayerLag:
-    """Host-side bound, per request and layer, of positions committed since the layer last ran.
-
-    A layer that did not run in a round has no KV for the positions committed since. When it runs
-    again the pass starts that much earlier; the rings hold the hidden states it needs.
-    """
-
-    def __init__(self, pool_size: int, num_layers: int, capacity: int):
-        self.capacity = capacity
-        self.num_layers = num_layers
-        self.behind = [[0] * num_layers for _ in range(pool_size)]
-
-    def of(self, pool_idx: int) -> int:
-        """Positions by which the request's slowest layer lags."""
-        return max(self.behind[pool_idx])
-
-    def begin(self, pool_idx: Sequence[int]) -> None:
-        """A prefill ran every layer for these requests."""
-        for index in pool_idx:
-            self.behind[index] = [0] * self.num_layers
-
-    def rows_needed(self, pool_idx: list[int], width: int, depth: int) -> int:
-        """Rows of a pass of the first `depth` layers after a verify of `width` tokens.
-
-        Layer i recomputes its i last positions as well.
-        """
-        reach = (lag + i for index in pool_idx for i, lag in enumerate(self.behind[index][:depth]))
-        return width + max(reach, default=0)
-
-    def note(self, pool_idx: list[int], width: int, depth: int) -> None:
-        """The first `depth` layers ran after a verify of `width` tokens."""
-        for index in pool_idx:
-            self.behind[index] = [0] * depth + [lag + width for lag in self.behind[index][depth:]]
-
-    def must_catch_up(self, pool_idx: list[int], width: int, widest: int) -> bool:
-        """Whether skipping a layer now could outrun the rings in the next round, of `widest` tokens at most."""
-        slowest = max(map(self.of, pool_idx), default=0)
-        rows = slowest + width + widest + self.num_layers - 1
-        return rows + self.num_layers > self.capacity  # the last layer reads S tokens past its rows
 
 
 class LastDrafts:

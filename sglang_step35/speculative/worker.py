@@ -8,6 +8,8 @@ A round of a request with m committed positions and the bonus token x_m:
    a full recompute, and drafts x_{m' + 1 + i} from row m' - 1.
 """
 
+from functools import cached_property
+
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import attention_backends, get_parallel, get_spec
@@ -22,6 +24,7 @@ from sglang_step35.speculative.device import (
     capture_narrow_steps,
     host_reads_are_free,
     pass_rows,
+    round_clock,
     verify_width,
     window_width,
 )
@@ -103,7 +106,7 @@ class Step35SpecWorker(BaseSpecWorker):
             device=runner.device,
         )
         set_lag(req_to_token_pool, self.store.lag.of)
-        self.depths = DepthPlanner(self.settings, self._cost_by_depth, ranks=self.ranks)
+        self.depths = DepthPlanner(self.settings, self._foretold, round_clock(runner.device), self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
         self._draft_worker.reader = self._reader
 
@@ -116,9 +119,13 @@ class Step35SpecWorker(BaseSpecWorker):
         capture_narrow_steps(self.narrow, self.settings, self.ranks)
         self._additional_graph_memory_usage["target_verify"] = self.narrow.gigabytes
 
-    def _cost_by_depth(self, batch: int) -> list[float]:
+    @cached_property
+    def _round_cost(self) -> RoundCost:
         models = self._target_worker.model_runner.model, self._draft_worker.draft_runner.model
-        return RoundCost.of(*models, self.settings.num_steps).by_depth(batch)
+        return RoundCost.of(*models, self.settings.num_steps)
+
+    def _foretold(self, batch: int) -> tuple[list[float], float]:
+        return self._round_cost.by_depth(batch), self._round_cost.upkeep(batch, self.store.lag.wait(batch))
 
     def _build_hicache_draft_plan(self) -> HiCacheDraftPlan:
         """Every MTP layer's KV is written back and loaded with the backbone's."""
@@ -236,26 +243,22 @@ class Step35SpecWorker(BaseSpecWorker):
 
     def _draft(self, batch, pool_idx: list[int], verified: Verified, positions: Tensor) -> DraftSampler:
         """Bring the MTP layers up to the committed length, positions [B], and draft the next chain."""
-        steps, width, device = self.settings.num_steps, verified.tokens.shape[1], positions.device
+        width, device, lag = verified.tokens.shape[1], positions.device, self.store.lag
         depth = self.depths.next_depth(len(pool_idx))
         if self.settings.adaptive:  # layers may lag
             depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
-        full = self.store.lag.must_catch_up(pool_idx, width, self.settings.num_draft_tokens)
-        if full:
-            depth = steps
-        sampler = self._sampler(batch, positions, may_stop=depth > 1 and not full)
-        ran = 0
-        if depth:
+        sampler = self._sampler(batch, positions, may_stop=depth > 1)
+        if depth or lag.is_due(pool_idx, width, self.settings.num_draft_tokens):
             window = window_width(width, self.settings.num_draft_tokens, device)
-            needed = self.store.lag.rows_needed(pool_idx, window, depth)
-            num_rows = pass_rows(needed, self.settings.pass_rows, device)
+            num_rows = pass_rows(lag.rows_needed(pool_idx, window), self.settings.pass_rows, device)
             rows = RoundWindow(self._reader, verified, window, num_rows)
             with drafting_what_is_allowed(batch, sampler, verified.tokens, verified.accept_lens):
-                ran = self._draft_worker.run(batch, rows, depth, sampler)
+                self._draft_worker.run(batch, rows, depth, sampler)
+            lag.clear(pool_idx)
         else:
             self._reader.remember(verified)
-        self.store.lag.note(pool_idx, width, ran)
-        self.store.note_drafts(pool_idx, ran, sampler)
+            lag.note(pool_idx, width)
+        self.store.note_drafts(pool_idx, len(sampler.drafts), sampler)
         return sampler
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req, batch_size: int = 0) -> None:

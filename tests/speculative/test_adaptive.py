@@ -13,16 +13,17 @@ from sglang_step35.speculative.adaptive import (
     expected_tokens,
 )
 from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.lag import Lag
 from sglang_step35.speculative.settings import MTPSettings
-from sglang_step35.speculative.state import LastDrafts, LayerLag
+from sglang_step35.speculative.state import LastDrafts
 
 # Seconds of a round by depth: a verify step of 10 ms, 0.5 ms per extra token, 1 ms per MTP layer.
 COST = [0.010, 0.0115, 0.013, 0.0145]
 PRIOR = [40, 50, 58, 62]  # bytes: about right
 
 
-def prior(batch: int) -> list[float]:
-    return PRIOR
+def prior(batch: int) -> tuple[list[float], float]:
+    return PRIOR, 0.0
 
 
 def test_expected_tokens_is_the_sum_of_chain_products():
@@ -139,19 +140,27 @@ def test_slow_rounds_do_not_change_the_cost():
     assert controller.cost[3] == COST[3]
 
 
-def test_layer_lag_widens_the_next_pass_and_forces_it_in_time():
-    lag = LayerLag(pool_size=4, num_layers=3, capacity=32)
-    lag.begin([1, 2])
-    assert lag.rows_needed([1, 2], width=4, depth=3) == 6
-    lag.note([1], width=4, depth=1)
-    assert lag.rows_needed([1], width=4, depth=1) == 4
-    assert lag.rows_needed([1], width=4, depth=3) == 4 + 4 + 2
-    assert lag.rows_needed([1, 2], width=4, depth=3) == 10
+def test_lag_widens_the_next_pass_which_is_due_before_the_rings_are_outrun():
+    lag = Lag(pool_size=4, num_layers=3, capacity=32, rows=1000)
+    lag.clear([1, 2])
+    assert lag.rows_needed([1, 2], width=4) == 6
+    lag.note([1], width=4)
+    assert lag.rows_needed([1], width=4) == lag.rows_needed([1, 2], width=4) == 4 + 4 + 2
+    assert lag.rows_needed([2], width=4) == 6
     rounds = 0
-    while not lag.must_catch_up([1], width=1, widest=4):
-        lag.note([1], width=1, depth=0)
+    while not lag.is_due([1], width=1, widest=4):
+        lag.note([1], width=1)
         rounds += 1
-    assert lag.rows_needed([1], width=1, depth=3) + 4 <= 32 and rounds > 15
+    assert lag.rows_needed([1], width=1) + 4 <= 32 and rounds > 15
+
+
+@pytest.mark.parametrize("batch, rounds", [(1, 16), (2, 8), (16, 4)])
+def test_a_batch_catches_up_when_rows_enough_have_come_together(batch, rounds):
+    lag, everybody = Lag(pool_size=16, num_layers=3, capacity=64, rows=16), list(range(batch))
+    for _ in range(rounds - 1):
+        assert not lag.is_due(everybody, width=1, widest=4)
+        lag.note(everybody, width=1)
+    assert lag.is_due(everybody, width=1, widest=4) and lag.wait(batch) == rounds
 
 
 def test_planner_without_adaptation_always_drafts_everything():
@@ -195,7 +204,7 @@ def test_depths_that_were_not_timed_cost_what_their_bytes_foretell():
 
 def test_a_new_batch_size_begins_at_the_depth_that_pays_there():
     """What drafts are worth is known from the batch before; what a round costs, from the bytes it reads."""
-    costs = {1: [10, 11, 12, 13], 16: [10, 20, 30, 40]}
+    costs = {1: ([10, 11, 12, 13], 0), 16: ([10, 20, 30, 40], 0)}
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), costs.__getitem__)
     for _ in range(200):
         planner.begin_round(("a",), [3], [3], [[]])
@@ -306,3 +315,36 @@ def test_planner_tells_looked_up_drafts_from_the_layers():
     controller = planner._controller(1)
     assert controller.wide_cost == [None, None, None, pytest.approx(0.03)] and controller.cost[3] is None
     assert controller.acceptance == pytest.approx([4.5 / 5, 3.5 / 5, 3.5 / 4])  # means, and a first guess of 0.5
+
+
+def test_what_a_round_without_drafts_leaves_for_later_counts():
+    """Depth 0 gives 1 token in 10 ms, depth 1 1.4 in 15: better, once the former's upkeep makes it 12 ms."""
+    for upkeep, depth in ((0.0, 0), (8.0, 1)):
+        controller = DepthController(AdaptiveSettings(max_depth=1), [40, 60], [0.4], upkeep=upkeep)
+        for d, seconds in ((0, 0.010), (1, 0.015)):
+            for _ in range(3):
+                controller.observe_round(d, seconds)
+        assert controller.next_depth() == depth
+
+
+def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
+    """Where rounds with drafts take twice what their bytes foretell, they do so in other batches."""
+    now = [0.0]
+    planner = DepthPlanner(MTPSettings(num_steps=1, adaptive=True), lambda batch: ([10 * batch, 10 * batch], 0.0))
+    planner._clock = lambda: now[0]
+    for seconds, depth in ((1.0, 0), (2.0, 1)):
+        for _ in range(4):
+            planner.begin_round(("a",), [depth], [depth], [[]])
+            now[0] += seconds
+    assert planner._controller(4)._costs() == pytest.approx([4.0, 8.0])
+
+
+def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
+    """Fifteen requests down to eight, whose rounds take as long as their share."""
+    now = [0.0]
+    planner = DepthPlanner(MTPSettings(num_steps=1, adaptive=True), lambda batch: ([10 * batch, 12 * batch], 0.0))
+    planner._clock = lambda: now[0]
+    for size in (15, 12, 10, 8):
+        planner.begin_round(tuple(map(str, range(size))), [1] * size, [1] * size, [[]] * size)
+        now[0] += 0.1 * size
+    assert planner._controller(15).cost == [None, pytest.approx(1.5)]

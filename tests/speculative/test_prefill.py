@@ -34,7 +34,7 @@ def state(made, position):
 def snapshot(store):
     rings = store.rings
     tensors = (rings.hidden, rings.tokens, rings.first_known)
-    return [t.tolist() for t in tensors], dict(rings._prefills), [list(b) for b in store.lag.behind]
+    return [t.tolist() for t in tensors], dict(rings._prefills), list(store.lag.behind)
 
 
 def extend(store, spans, decoding=()):
@@ -127,7 +127,7 @@ def test_layers_that_lag_are_caught_up_in_a_mixed_batch():
     made = request("a", 1, 10)
     extend(store, {made: 10})
     commit(store, made, [2, 3])
-    store.lag.note([1], 4, 1)
+    store.lag.note([1], 4)
     made.output_ids.append(7)
     assert extend(store, {request("b", 2, 20): 5}, [made]).front == [0, 6]
     assert store.lag.of(1) == 0
@@ -149,7 +149,7 @@ def test_another_request_on_the_same_pool_index_sees_nothing_of_the_former(fille
     """The newcomer starts exactly where the former one ended, too."""
     store = make_store(3)
     extend(store, {request("old", 1, 20): 10})
-    store.lag.note([1], 4, 0)
+    store.lag.note([1], 4)
     made = request("new", 1, 20, filled)
     assert extend(store, {made: 5}).front == [0]
     assert store.rings.first_known[1] == filled and store.lag.of(1) == 0

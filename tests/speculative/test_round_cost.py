@@ -24,11 +24,13 @@ def test_bytes_are_those_of_the_file(files):
     cost = replace(RoundCost.of(*models, num_steps=3), pace=Pace(0, 0))
     fields = json.loads((files.parent / "config.json").read_text())
     read = traffic.read(files, fields)
+    layers = [read.dense[read.layers + i] - read.head for i in range(3)]  # in the file each has its own head
     for batch in (1, 16):
         for depth, found in enumerate(cost.by_depth(batch)):
-            drafts = sum(read.dense[read.layers + i] for i in range(depth))  # their heads are in the file, too
+            drafts = sum(layers) + depth * read.head if depth else 0
             # Head gates and norms are unpacked while they load.
             assert found == pytest.approx(read.step(batch * (depth + 1)) + drafts, rel=0.06)
+        assert cost.upkeep(batch, 4) == pytest.approx(sum(layers) / 4, rel=0.06)
 
 
 def test_tokens_share_experts():

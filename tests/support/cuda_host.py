@@ -180,7 +180,7 @@ def make_worker(monkeypatch, *, captured: bool = True, plans_on_host: bool = Fal
     pool = Pool()
     args = SimpleNamespace(enable_metrics=False, served_model_name="fake", graphs=captured)
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(plans_on_host))
-    made._cost_by_depth = lambda batch: [1.0] * (STEPS + 1)  # the models are stand-ins
+    made._foretold = lambda batch: ([1.0] * (STEPS + 1), 0.0)  # the models are stand-ins
     made.alloc_memory_pool(req_to_token_pool=pool)
     for width in narrow:
         made.narrow.steps[width] = NarrowStep(Attention(plans_on_host), None, 0.0)

@@ -41,7 +41,7 @@ def depths(ranks: Ranks, rank: int) -> list[int]:
     """The depth of every round of one request whose drafts are mostly accepted."""
     now = [0.0]
     settings = MTPSettings(STEPS, adaptive=True)
-    planner = DepthPlanner(settings, lambda batch: SECONDS[rank], clock=lambda: now[0], ranks=ranks)
+    planner = DepthPlanner(settings, lambda batch: (SECONDS[rank], 0.0), clock=lambda: now[0], ranks=ranks)
     chosen = [STEPS]
     for _ in range(ROUNDS):
         planner.begin_round(("a",), [chosen[-1]], [chosen[-1]], [[]])

@@ -31,7 +31,7 @@ class Witness(DepthPlanner):
     """
 
     def __init__(self, settings):
-        super().__init__(settings, lambda batch: [1.0] * (settings.num_steps + 1))
+        super().__init__(settings, lambda batch: ([1.0] * (settings.num_steps + 1), 0.0))
         self.needed = []
 
     def begin_round(self, rids, drafted, offered, confidences):
