@@ -13,10 +13,10 @@ from torch import Tensor
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.window import WindowReader
 
 if TYPE_CHECKING:
     from sglang_step35.speculative.verify_graphs import NarrowSteps
-    from sglang_step35.speculative.window import WindowReader
 
 
 def attach_draft_attention(runner) -> None:
@@ -50,7 +50,7 @@ def writes_kv_alone(runner) -> bool:
     return hasattr(runner.attn_backend, "write_kv")
 
 
-def capture_graphs(runner, settings: MTPSettings, reader: "WindowReader"):
+def capture_graphs(runner, settings: MTPSettings, reader: WindowReader):
     """Graphs of the pass of the MTP layers behind a verify step; None where SGLang captures none."""
     from sglang.srt.environ import envs
 

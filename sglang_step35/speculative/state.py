@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_step35.speculative.device import eager_rows
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.lag import Lag
 from sglang_step35.speculative.lookup import LookUps
@@ -38,13 +37,13 @@ class RequestStore:
 
     @classmethod
     def allocate(
-        cls, settings: MTPSettings, pool_size: int, *, hidden_size: int, vocab_size: int, dtype, device
+        cls, settings: MTPSettings, pool_size: int, *, hidden_size: int, vocab_size: int, eager_rows: int, dtype, device
     ) -> "RequestStore":
-        """For every index of a request pool; dtype: of the hidden states."""
+        """For every index of a request pool; eager_rows: `device.eager_rows`; dtype: of the hidden states."""
         capacity, steps = settings.ring_capacity, settings.num_steps
         return cls(
             rings=RequestRings(pool_size, capacity, hidden_size, dtype, device),
-            lag=Lag(pool_size, steps, capacity, eager_rows(device)),
+            lag=Lag(pool_size, steps, capacity, eager_rows),
             drafts=LastDrafts(pool_size),
             probs=DraftProbs(vocab_size, device),
             counts=OutputCounts(vocab_size, device),

@@ -22,6 +22,7 @@ from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
 from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import (
     capture_narrow_steps,
+    eager_rows,
     host_reads_are_free,
     pass_rows,
     round_clock,
@@ -102,6 +103,7 @@ class Step35SpecWorker(BaseSpecWorker):
             req_to_token_pool.req_to_token.shape[0],
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
+            eager_rows=eager_rows(runner.device),
             dtype=runner.dtype,
             device=runner.device,
         )

@@ -17,7 +17,8 @@ TABLE = 1000 * torch.arange(1, POOL + 1)[:, None] + torch.arange(LENGTH)  # a sl
 
 def make_store(steps):
     settings = MTPSettings(num_steps=steps)
-    return RequestStore.allocate(settings, POOL, hidden_size=1, vocab_size=2, dtype=torch.int64, device="cpu")
+    sizes = dict(hidden_size=1, vocab_size=2, eager_rows=256)
+    return RequestStore.allocate(settings, POOL, **sizes, dtype=torch.int64, device="cpu")
 
 
 def request(rid, index, length, filled=0):

@@ -14,7 +14,7 @@ STEPS, VOCAB, INDEX = 3, 11, 2
 
 def make_store() -> RequestStore:
     return RequestStore.allocate(
-        MTPSettings(STEPS), 6, hidden_size=4, vocab_size=VOCAB, dtype=torch.float32, device="cpu"
+        MTPSettings(STEPS), 6, hidden_size=4, vocab_size=VOCAB, eager_rows=256, dtype=torch.float32, device="cpu"
     )
 
 
@@ -63,7 +63,7 @@ def note(store: RequestStore, pool_idx: list[int], probs: list[torch.Tensor]) ->
 def test_no_memory_is_taken_for_the_whole_pool():
     """SGLang sizes its KV pools before it tells the worker how many requests there may be."""
     store = RequestStore.allocate(
-        MTPSettings(STEPS), 512, hidden_size=4, vocab_size=1000, dtype=torch.float32, device="cpu"
+        MTPSettings(STEPS), 512, hidden_size=4, vocab_size=1000, eager_rows=256, dtype=torch.float32, device="cpu"
     )
     numbers = CountNumbers()
     with numbers:
