@@ -135,17 +135,16 @@ class Calibration:
 class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
-    prior: [max_depth + 1] what rounds cost by depth, in any unit, before they are timed. acceptance: [max_depth]
-    conditional rates, where they are known from elsewhere. upkeep: in the prior's unit, what a round without drafts
-    leaves for a later pass of the MTP layers, whose time no round of its depth shows.
-    cost: [max_depth + 1] measured seconds of a round by depth, None where too few were seen. wide_cost: the same for
-    rounds with looked-up drafts, empty without look-ups.
+    prior: [max_depth + 1] what rounds cost by depth, in any unit, before they are timed. upkeep: in the prior's unit,
+    what a round without drafts leaves for a later pass of the MTP layers, whose time no round of its depth shows.
+    acceptance: [max_depth] conditional rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
+    too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
     prior: Sequence[float]
-    acceptance: list[float] = field(default_factory=list)
     upkeep: float = 0.0
+    acceptance: list[float] = field(init=False)
     depth: int = field(init=False)
     cost: list[float | None] = field(init=False)
     wide_cost: list[float | None] = field(init=False)
@@ -161,16 +160,24 @@ class DepthController:
 
     def __post_init__(self):
         self.depth = self.settings.max_depth
-        self._drafts = [1 / self.settings.smoothing if self.acceptance else 0.0] * self.settings.max_depth
-        if not self.acceptance:
-            # Whatever pays later, the first rounds show how far drafts come true.
-            self.acceptance, self._trial = [0.5] * self.settings.max_depth, self.depth
+        # Whatever pays later, the first rounds show how far drafts come true.
+        self.acceptance, self._trial = [0.5] * self.settings.max_depth, self.depth
+        self._drafts = [0.0] * self.settings.max_depth
         depths = range(self.settings.max_depth + 1)
         self._seconds, self._wide_seconds = ([deque(maxlen=self.settings.window) for _ in depths] for _ in range(2))
         self.cost = [None for _ in depths]
         self.wide_cost = [None for _ in depths] if self.settings.look_ups else []
         # Rounds since each was measured; behind the last depth: the other width at the depth in use.
         self._waited = dict.fromkeys(range(self.settings.min_depth, len(depths) + self.settings.look_ups), 0)
+
+    def follow(self, former: "DepthController") -> None:
+        """Begin with what batches of another size have shown: the text stays the same, and so does the machine."""
+        self.acceptance, self._trial = list(former.acceptance), None
+        self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
+        scales = former.scales()
+        self.prior = [cost * scale for cost, scale in zip(self.prior, scales, strict=True)]
+        self.upkeep *= scales[0]
+        self._tried = set(former._tried)
 
     def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
         """Note the time of a round that drafted and verified `depth` tokens; wide: and looked-up ones."""

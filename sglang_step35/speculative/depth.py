@@ -120,11 +120,10 @@ class DepthPlanner:
             settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
             by_depth, upkeep = self._prior(batch_size)
             prior, upkeep = list(map(self._ranks.same_number, by_depth)), self._ranks.same_number(upkeep)
-            # The text stays the same when the batch changes, and so does the machine.
-            known = list(self._latest.acceptance) if self._latest else []
-            scales = self._latest.scales() if self._latest else [1.0] * len(prior)
-            prior = [cost * scale for cost, scale in zip(prior, scales, strict=True)]
-            self._controllers[bucket] = DepthController(settings, prior, known, upkeep=upkeep * scales[0])
+            controller = DepthController(settings, prior, upkeep=upkeep)
+            if self._latest is not None:
+                controller.follow(self._latest)
+            self._controllers[bucket] = controller
         self._latest = self._controllers[bucket]
         return self._latest
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from sglang_step35.speculative.device import (
     attach_draft_attention,
     capture_graphs,
+    host_reads_are_free,
     plan_draft_attention,
     writes_kv_alone,
 )
@@ -177,7 +178,11 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         if self.graphs is not None and self.graphs.serves(batch.forward_mode, window):
             return self._captured_pass(window)
         window.reader.remember(window.verified)
-        return self._eager_pass(batch, *window.rows())
+        rows, hidden = window.rows()
+        if host_reads_are_free(hidden.device):
+            rows, kept = rows.committed()
+            hidden = hidden[kept]
+        return self._eager_pass(batch, rows, hidden)
 
     @contextmanager
     def _eager_pass(self, batch, rows: MTPPassInput, hidden: Tensor) -> Iterator[EagerPass]:

@@ -8,6 +8,7 @@ over rows [start, end) reads the request's tokens from start + 1 on. Those token
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,6 +38,26 @@ class MTPPassInput:
     row_counts: list[int]
     ends: Tensor
     ends_cpu: Tensor | None
+
+    def committed(self) -> tuple["MTPPassInput", Tensor]:
+        """Without the rows behind each request's last committed one, which drafts that were rejected leave: nobody
+        reads their KV. Also the numbers [R'] of the rows that stay. Reads `last` on the host."""
+        firsts = list(accumulate(self.row_counts, initial=0))[:-1]
+        counts = [last + 1 - first for first, last in zip(firsts, self.last.tolist(), strict=True)]
+        numbers = [first + n for first, count in zip(firsts, counts, strict=True) for n in range(count)]
+        dropped = [before - now for before, now in zip(self.row_counts, counts, strict=True)]
+        kept, fewer, rows = to_device(numbers, dropped, counts, device=self.positions.device)
+        found = replace(
+            self,
+            positions=self.positions[kept],
+            slots=self.slots[kept],
+            base=self.base[kept],
+            last=rows.cumsum(0) - 1,
+            row_counts=counts,
+            ends=self.ends - fewer,
+            ends_cpu=None if self.ends_cpu is None else self.ends_cpu - torch.tensor(dropped),
+        )
+        return found, kept
 
     def last_rows(self) -> "MTPPassInput":
         """Each request's last row alone, on the same line; of a pass whose requests' last rows predict the drafts."""

@@ -81,8 +81,9 @@ class RoundCost:
 
     def by_depth(self, batch: int) -> list[float]:
         """Of a round by drafts, 0 to num_steps: a verify step of batch (d + 1) tokens, which choose their experts each
-        on its own, and, where there are drafts, all MTP layers on as many rows and those before them whose KV came from
-        drafts, the first d with their head on one of each request. Without drafts see `upkeep`."""
+        on its own. Where there are drafts, also all MTP layers on the rows of the tokens that come true and those
+        before them whose KV came from drafts, the first d with their head on one of each request. Without drafts see
+        `upkeep`."""
         return [self._verify(batch * (d + 1)) + self._drafts(d, batch) for d in range(len(self.drafts) + 1)]
 
     def upkeep(self, batch: int, rounds: int) -> float:
@@ -97,7 +98,7 @@ class RoundCost:
     def _drafts(self, depth: int, batch: int) -> float:
         if not depth:
             return 0.0
-        rows = batch * (depth + len(self.drafts))
+        rows = batch * (len(self.drafts) + depth / 2)  # about half of the drafts come true
         return self._layers(rows) + depth * self.head.pass_of(batch, self.pace)
 
     def _layers(self, rows: int) -> float:

@@ -320,7 +320,8 @@ def test_planner_tells_looked_up_drafts_from_the_layers():
 def test_what_a_round_without_drafts_leaves_for_later_counts():
     """Depth 0 gives 1 token in 10 ms, depth 1 1.4 in 15: better, once the former's upkeep makes it 12 ms."""
     for upkeep, depth in ((0.0, 0), (8.0, 1)):
-        controller = DepthController(AdaptiveSettings(max_depth=1), [40, 60], [0.4], upkeep=upkeep)
+        controller = DepthController(AdaptiveSettings(max_depth=1, first_drafts=0), [40, 60], upkeep)
+        controller.acceptance = [0.4]
         for d, seconds in ((0, 0.010), (1, 0.015)):
             for _ in range(3):
                 controller.observe_round(d, seconds)

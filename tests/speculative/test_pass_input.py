@@ -103,3 +103,25 @@ def test_cache_locs_are_the_window_after_the_committed_length():
         device="cpu",
     )
     assert locs.tolist() == [2004, 2005, 1007, 1008]
+
+
+def test_rows_of_rejected_drafts_are_left_out():
+    """Requests at 5 and 9 that verified 4 tokens, of which 2 and 4 were committed; 2 rows before them come along."""
+    rows = window_rows(
+        seq_lens=torch.tensor([5, 9]),
+        seq_lens_cpu=torch.tensor([5, 9]),
+        accept_lens=torch.tensor([2, 4]),
+        width=6,
+        verify_width=4,
+        first_known=torch.zeros(2, dtype=torch.int64),
+        req_to_token=slots_table(2, 20),
+        req_pool_indices=torch.tensor([0, 1]),
+        tokens=torch.arange(18).view(2, 9),
+    )
+    fewer, kept = rows.committed()
+    assert kept.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert fewer.positions.tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert fewer.slots.tolist() == rows.slots[kept].tolist() and fewer.base.tolist() == rows.base[kept].tolist()
+    assert fewer.row_counts == [4, 6] and fewer.last.tolist() == [3, 9]
+    assert fewer.ends.tolist() == fewer.ends_cpu.tolist() == [7, 13]
+    assert fewer.line is rows.line and fewer.draft_at is rows.draft_at
