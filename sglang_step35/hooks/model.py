@@ -119,6 +119,7 @@ def gguf_hooks() -> list[Hook]:
 def cache_hooks() -> list[Hook]:
     """The prefix cache under multi-token prediction."""
     from sglang_step35.hicache.files import SealedFiles
+    from sglang_step35.hicache.load_back import select_admission
     from sglang_step35.hicache.page_hash import page_hashes
     from sglang_step35.speculative.prefix_key import LookaheadKey, cap_insert, select_tree_core
 
@@ -158,6 +159,13 @@ def cache_hooks() -> list[Hook]:
             why="files say neither which weights and MTP depth wrote them nor whether they are whole; "
             "registering the name `file` anew is possible, but warns in every process of every server",
             until="SGLang seals its files, or registers without a warning",
+        ),
+        Hook(
+            "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission",
+            "around",
+            select_admission,
+            why="sliding slots on the device that loading a hit pins count as free, and the scheduler runs out of them",
+            until="SGLang counts them, as tests/hicache/test_load_back.py shows",
         ),
     ]
 

@@ -4,6 +4,26 @@ from sglang_step35.upstream.row import has, module, plain, takes
 
 ROWS = (
     *module(
+        "sglang.srt.managers.schedule_policy",
+        takes(
+            "PrefillAdder._select_prefill_admission",
+            "self req total_tokens host_hit_length swa_host_hit_length truncation_align_size has_chunked_req",
+            hooked=True,
+        ),
+        has("PrefillAdder", "tree_cache running_batch can_run_list"),
+        has("AddReqResult", "NO_TOKEN"),
+    ),
+    *module(
+        "sglang.srt.managers.schedule_batch",
+        has("Req", "best_match_node host_hit_length swa_host_hit_length"),
+    ),
+    *module(
+        "sglang.srt.mem_cache.base_prefix_cache",
+        takes("BasePrefixCache.lock", "self node"),
+        takes("BasePrefixCache.unlock", "self lock"),
+        has("BasePrefixCache", "supports_swa swa_evictable_size buffer_pipeline"),
+    ),
+    *module(
         "sglang.srt.mem_cache.memory_pool",
         plain("MHATokenToKVPool.__init__", "not called: a view of another pool allocates nothing"),
         has("MHATokenToKVPool", "k_data_ptrs v_data_ptrs model_layer_ids"),
