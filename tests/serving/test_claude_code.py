@@ -100,6 +100,25 @@ def assert_completed(result: dict) -> None:
     assert set(result["modelUsage"]) == {MODEL}
 
 
+def until(good: Callable[[list[dict]], object], ask: Callable[[], list[dict]]) -> list[dict]:
+    """The first good answer of TRIES."""
+    answers = (ask() for _ in range(TRIES))
+    found = next(filter(good, answers), None)
+    assert found is not None, f"nothing good in {TRIES} answers"
+    return found
+
+
+def presses(printed: list[dict]) -> list[tuple[object, dict]]:
+    """What whole calls of the switch asked for, and their results; only that tool may have been called."""
+    turns = [message for message in printed if message["type"] in ("assistant", "user")]
+    blocks = [block for message in turns for block in message["message"]["content"]]
+    calls = [block for block in blocks if block["type"] == "tool_use"]
+    assert {call["name"] for call in calls} <= {"mcp__lab__press"}
+    whole = {call["id"]: call["input"]["on"] for call in calls if "on" in call["input"]}
+    results = [block for block in blocks if block["type"] == "tool_result" and block["tool_use_id"] in whole]
+    return [(whole[result["tool_use_id"]], result) for result in results]
+
+
 @pytest.mark.server
 def test_a_turn_with_the_clis_own_prompt_and_tools(run, server):
     before = posts(server)
@@ -130,19 +149,9 @@ def test_a_tool_call_and_its_result(run, server):
     flags = ("--tools", "", "--system-prompt", "You press.", "--max-turns", "4", "--strict-mcp-config")
     flags += ("--mcp-config", json.dumps({"mcpServers": {"lab": {"type": "stdio", **switch}}}))
     flags += ("--allowedTools", "mcp__lab__press", "--output-format", "stream-json", "--verbose")
-    for _ in range(TRIES):
-        printed = run("Press the switch.", *flags, body=FORCED)
-        turns = [message for message in printed if message["type"] in ("assistant", "user")]
-        blocks = [block for message in turns for block in message["message"]["content"]]
-        calls = [block for block in blocks if block["type"] == "tool_use"]
-        assert {call["name"] for call in calls} <= {"mcp__lab__press"}
-        complete = {call["id"]: call["input"]["on"] for call in calls if "on" in call["input"]}
-        results = [block for block in blocks if block["type"] == "tool_result" and block["tool_use_id"] in complete]
-        if results:
-            break
-    assert results and not any(result.get("is_error") for result in results)
-    for result in results:
-        on = complete[result["tool_use_id"]]
+    printed = until(presses, lambda: run("Press the switch.", *flags, body=FORCED))
+    for on, result in presses(printed):
+        assert not result.get("is_error")
         assert isinstance(on, bool) and f"switch pressed: {on}" in json.dumps(result["content"])
     assert printed[-1]["subtype"] == "error_max_turns"
     assert posts(server) - before >= 2  # more where a turn ran into its token limit and was resumed
@@ -157,10 +166,8 @@ def test_structured_output(run):
         "additionalProperties": False,
     }
     flags = ("--tools", "", "--system-prompt", "You answer.", "--output-format", "json", "--max-turns", "6")
-    for _ in range(TRIES):
-        [result] = run("Are you sure?", *flags, "--json-schema", json.dumps(schema), body=FORCED)
-        if result["subtype"] == "success":
-            break
+    flags += ("--json-schema", json.dumps(schema))
+    [result] = until(lambda printed: printed[-1]["subtype"] == "success", lambda: run("Sure?", *flags, body=FORCED))
     assert_completed(result)
     assert isinstance(result["structured_output"]["sure"], bool)
 

@@ -53,14 +53,14 @@ def measure(model: nn.Module, rows: int) -> list[float]:
             marks = [time.perf_counter()]
             backbone.rows.start(batch.positions)
             x = backbone.embed_tokens(batch.input_ids)
-            ends = time.perf_counter() - marks[0]
-            marks[0] += ends
+            marks.append(time.perf_counter())
             for layer in layers:
                 x = layer(x, batch)
                 marks.append(time.perf_counter())
             single_rank.logits(backbone.norm(x), head)
-            ends += time.perf_counter() - marks[-1]
-        steps.append([*(end - start for start, end in pairwise(marks)), ends])
+            marks.append(time.perf_counter())
+        before, *of_layers, behind = (end - start for start, end in pairwise(marks))
+        steps.append([*of_layers, before + behind])
     return [round(1000 * statistics.median(times), 3) for times in zip(*steps[WARM:], strict=True)]
 
 
