@@ -91,6 +91,7 @@ _SIGNATURES: dict[str, tuple] = {
     "ggml_fused_up_gate": (_TENSOR, c_void_p, _TENSOR, _TENSOR, _TENSOR, c_int),
     "ggml_fused_mul_unary": (_TENSOR, c_void_p, _TENSOR, _TENSOR, c_int),
     "ggml_rope_fast": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_map_custom1": (_TENSOR, c_void_p, _TENSOR, c_void_p, c_int, c_void_p),
     "ggml_nbytes": (c_size_t, _TENSOR),
     "ggml_graph_n_nodes": (c_int, c_void_p),
     "ggml_graph_node": (_TENSOR, c_void_p, c_int),
