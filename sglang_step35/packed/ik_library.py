@@ -19,6 +19,7 @@ F32, I32 = 0, 26  # enum ggml_type
 FLOAT = 4  # bytes
 SIGMOID, SILU = 7, 10  # enum ggml_unary_op
 NEOX = 2  # the rotary embedding that turns channel i with channel i + r / 2
+CALLBACK_LIMIT = 8  # which of our callback's op_params holds a network's limit: the first ones are ggml's
 ARENA_BYTES = 64 << 20  # of tensors and graphs, a few kilobytes each; what is not used costs nothing
 GRAPH_NODES = 64  # at most, in one graph; ggml rounds its tables up from there
 _OBJECT_BYTES = 32  # ggml's own header before each tensor

@@ -7,13 +7,12 @@ k chosen experts of a token, T tokens.
 from ctypes import c_void_p, cast
 
 from sglang_step35.packed.ggml import TYPES
-from sglang_step35.packed.ik_library import F32, SILU, Library, float_bits
+from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, SILU, Library, float_bits
 
 ROWS = 8  # tokens, at most
 AT_ONCE = 4  # of them that share what was read of the weights
 NEAR = 1 << 13  # activations that stay in a core's nearest cache while weights pass by
 LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses nothing
-LIMIT = 8  # which of a callback's op_params holds it: the first ones are ggml's
 EVERY_THREAD = -1  # GGML_N_TASKS_MAX
 _BF16 = TYPES["BF16"].number
 
@@ -40,15 +39,15 @@ def expert_product(library: Library, weight, x, ids):
 def gated(library: Library, gate, up, x, limit: float | None):
     """min(silu(gate x), limit) * clamp(up x, -limit, limit); gate, up [K, N], x [K, T] -> [N, T]."""
     if _ours((gate, up), x.contents.ne[1]):
-        return _limited(_step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x), LIMIT, limit)
-    return _limited(library.ggml_fused_up_gate(library.arena, up, gate, x, SILU), 1, limit)
+        return _step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
+    return _limited(library.ggml_fused_up_gate(library.arena, up, gate, x, SILU), limit)
 
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
     if _ours((gate, up), x.contents.ne[2], apart=True):
-        return _limited(_step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids), LIMIT, limit)
-    return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), 1, limit)
+        return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
+    return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
 
 
 def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
@@ -59,16 +58,17 @@ def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
     return all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
 
 
-def _step(library: Library, shape: tuple[int, ...], *sources):
+def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
     """A float32 result of this shape by our callback, which finds the sources behind it."""
     from sglang_step35.packed.row_kernels import multiply  # numba compiles it for seconds: only where it is needed
 
     out = library.ggml_map_custom1(library.arena, library.tensor(F32, *shape), multiply.address, EVERY_THREAD, None)
     for place, source in enumerate(sources, start=1):
         out.contents.src[place] = cast(source, c_void_p)
+    out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)
     return out
 
 
-def _limited(step, place: int, limit: float | None):
-    step.contents.op_params[place] = float_bits(limit or 0.0)
+def _limited(step, limit: float | None):
+    step.contents.op_params[1] = float_bits(limit or 0.0)
     return step

@@ -13,15 +13,14 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from sglang_step35.packed.ik_library import CTensor
-from sglang_step35.packed.ik_rows import LIMIT
+from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
 
 _OPTIONS = dict(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 _CALLBACK = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
 # Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
 _NE, _NB, _SRC, _DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb", "src", "data"))
 _WORDS = ctypes.sizeof(CTensor) // 8
-_LIMIT = CTensor.op_params.offset // 4 + LIMIT
+_LIMIT = CTensor.op_params.offset // 4 + CALLBACK_LIMIT
 
 
 @intrinsic

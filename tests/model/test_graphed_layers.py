@@ -99,7 +99,7 @@ def test_few_rows_and_bfloat16_weights(tmp_path, monkeypatch):
     """By `ik_rows.py`, whatever the size of a matrix."""
     steps, step = [], ik_rows._step
     monkeypatch.setattr(ik_rows, "LARGE", 0)
-    monkeypatch.setattr(ik_rows, "_step", lambda *operands: steps.append(operands) or step(*operands))
+    monkeypatch.setattr(ik_rows, "_step", lambda *operands, **limit: steps.append(operands) or step(*operands, **limit))
     file, reference = converted(tmp_path, replace(SMALL, residual=0.1), lambda name: Q.BF16)
     expected = reference.hidden_before_norm(prompt(7))
     found = model_host.run(model_host.load_gguf(file, dtype="bfloat16"), prompt(7)).hidden_states.float()

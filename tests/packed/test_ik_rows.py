@@ -21,7 +21,8 @@ def steps(monkeypatch):
     library = ik_library.Library(ik_library.library_path())
     monkeypatch.setattr(ik_library, "library", lambda: library)
     found, step = [], ik_rows._step
-    monkeypatch.setattr(ik_rows, "_step", lambda own, shape, *rest: found.append(shape) or step(own, shape, *rest))
+    seen = lambda own, shape, *rest, **limit: found.append(shape) or step(own, shape, *rest, **limit)
+    monkeypatch.setattr(ik_rows, "_step", seen)
     return found
 
 
