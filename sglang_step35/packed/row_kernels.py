@@ -1,7 +1,7 @@
 """Few rows of activations times bfloat16 weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
 
 The wheel's own kernel reads four or five neighbouring rows of weights at once. Where several of them share a page of
-memory, the CPU's prefetchers fall behind: 11 GB/s on a core that reads 28 (Zen 4, rows of 2 KB). Here weights are read
+memory, prefetching seems to fall behind: 11 GB/s on a core that reads 28 (Zen 4, rows of 2 KB). Here weights are read
 as two streams that share no page: 30 GB/s for one row of activations, 14 for four. Sums and activations are float32.
 Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations.
 """
