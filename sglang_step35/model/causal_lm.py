@@ -7,6 +7,7 @@ import torch
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
@@ -21,7 +22,7 @@ from sglang_step35.model.decoder import DecoderLayer, stages
 from sglang_step35.model.graphed_layers import GraphedLayers
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
-from sglang_step35.model.vocab import PACKED_MODULES, TEXT_NAMES, embedding, name_parts, output_head
+from sglang_step35.model.vocab import PACKED_MODULES, TEXT_NAMES, PlainHead, embedding, name_parts, output_head
 from sglang_step35.model.weights import load_backbone, refresh
 from sglang_step35.model.widths import check_expert_ranks, check_ranks
 
@@ -106,6 +107,8 @@ class Step3p5ForCausalLM(nn.Module):
         self.lm_head = PPMissingLayer()
         if self.pp_group.is_last_rank:
             self.lm_head = self._head(quant_config, add_prefix("lm_head", prefix))
+            if self.model.runs_single_rank and type(self.lm_head.quant_method) is UnquantizedEmbeddingMethod:
+                self.lm_head.quant_method = PlainHead()
         self.logits_processor = LogitsProcessor(config)
         self.weights_loaded = False
 

@@ -20,6 +20,7 @@ from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 # What one small matrix product costs in Python and dispatch, in multiplications of a CPU core.
 CALL_COST = 160_000
 LARGE = 1 << 17  # weights of one of an expert's matrices: a call of ggml's runs all chosen experts
+ROWS_IN_TURN = 8  # of an expert, on average, from which on more calls cost less than larger results between them
 
 
 def runs_plain_torch() -> bool:
@@ -53,8 +54,11 @@ def run_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor
     x: [T, H]. w13: [E, 2 I, H], gate rows before up rows. w2: [E, H, I]. weights: [T, k] float32.
     ids: [T, k] integer, -1 for experts of other ranks. Returns [T, H] in x's dtype.
     """
-    if x.dtype is torch.bfloat16 and is_large(w2, LARGE) and _ggml_is_faster(ids, w2) and usable():
+    large = x.dtype is torch.bfloat16 and is_large(w2, LARGE)
+    if large and _ggml_is_faster(ids, w2) and usable():
         run = ggml_experts
+    elif large and ids.numel() >= ROWS_IN_TURN * len(w2):
+        run = experts_in_turn
     else:
         run = dense_experts if _dense_is_cheaper(ids, w2) else grouped_experts
     return run(x, w13, w2, weights, ids, limit)
@@ -72,16 +76,11 @@ def dense_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tens
 
 def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
     """`run_experts` with each chosen expert run once, on its own tokens."""
-    experts, top_k = len(w13), ids.shape[1]
-    owner = ids.flatten() % (experts + 1)
-    order = owner.argsort()
-    counts = owner.bincount(minlength=experts + 1).tolist()[:experts]
-    chosen = [(expert, count) for expert, count in enumerate(counts) if count]
-    order = order[: sum(counts)]
+    order, chosen = _by_expert(ids, len(w13))
     if not chosen:
         return torch.zeros_like(x)
     used, sizes = zip(*chosen, strict=True)
-    token = order // top_k  # [N]
+    token = order // ids.shape[1]  # [N]
     parts = zip(x[token].split(sizes), used, strict=True)
     gate, up = torch.cat([F.linear(part, w13[expert]) for part, expert in parts]).chunk(2, dim=-1)
     parts = zip(swiglu(gate, up, limit).split(sizes), used, strict=True)
@@ -90,10 +89,29 @@ def grouped_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Te
     return out.new_zeros(x.shape).index_add_(0, token, out).to(x.dtype)
 
 
+def experts_in_turn(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
+    """`grouped_experts`, each expert from beginning to end: more calls, but what lies between them stays in a cache."""
+    order, chosen = _by_expert(ids, len(w13))
+    used, sizes = zip(*chosen, strict=True) if chosen else ((), ())
+    shares = weights.flatten()[order].unsqueeze(-1).split(sizes)
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for expert, token, share in zip(used, (order // ids.shape[1]).split(sizes), shares, strict=True):
+        gate, up = F.linear(x[token], w13[expert]).chunk(2, dim=-1)
+        out.index_add_(0, token, F.linear(swiglu(gate, up, limit), w2[expert]) * share)
+    return out.to(x.dtype)
+
+
 def ggml_experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
     """`run_experts` in one call of ggml's kernels."""
     gate, up = (as_ggml(half) for half in w13.chunk(2, dim=1))
     return ik_kernel.experts(x, gate, up, as_ggml(w2), weights, ids, limit)
+
+
+def _by_expert(ids: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Places [N] in the flat ids, sorted by expert, and (expert, its places) of each that is chosen."""
+    owner = ids.flatten() % (experts + 1)
+    counts = owner.bincount(minlength=experts + 1).tolist()[:experts]
+    return owner.argsort()[: sum(counts)], [(expert, count) for expert, count in enumerate(counts) if count]
 
 
 def _ggml_is_faster(ids: Tensor, w2: Tensor) -> bool:

@@ -154,7 +154,7 @@ def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list
     """Queries, keys and values, one after the other, and the gates: all that attention and the layer's end read."""
     module, rope = layer.attention, layer.attention.qk_norm_rope
     x = steps.fused_rms_norm(stream, steps.floats(layer.attention_norm, *layer.attention_norm.shape), _eps(layer))
-    parts = [steps.mul_mat(steps.weight(part), x) for part in layer.qkv]
+    parts = [steps.product(x, part) for part in layer.qkv]
     turns = memory.turns[rope.rope].rows((rows, module.head_dim))
     outputs = []
     for part, factors in zip(parts[:2], (layer.q_norm, layer.k_norm), strict=True):
@@ -167,7 +167,7 @@ def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list
         output.contents.data = address
         address += FLOAT * rows * size
     if layer.head_gate is not None:
-        gates = steps.mul_mat(steps.weight(layer.head_gate), x)
+        gates = steps.product(x, layer.head_gate)
         gates.contents.data = memory.gates.address
         outputs.append(gates)
     return outputs
@@ -181,20 +181,20 @@ def end(steps: Steps, layer: Layer, stream, memory: Memory, rows: int):
         heads = steps.reshape_3d(attended, module.head_dim, module.num_heads, rows)
         gates = steps.reshape_3d(memory.gates.of(steps, module.num_heads, rows), 1, module.num_heads, rows)
         attended = steps.reshape_2d(steps.fused_mul_unary(gates, heads, SIGMOID), size, rows)
-    stream = _add(steps, stream, steps.mul_mat(steps.weight(layer.output), attended))
+    stream = _add(steps, stream, steps.product(attended, layer.output))
     x = steps.fused_rms_norm(stream, steps.floats(layer.ffn_norm, *layer.ffn_norm.shape), _eps(layer))
     if layer.experts is not None:
         stream = _add(steps, stream, _routed(steps, layer, x, rows))
     feed = layer.feed
     inner = steps.swiglu(x, feed.gate, feed.up, feed.limit)
-    return _add(steps, stream, steps.mul_mat(steps.weight(feed.down), inner))
+    return _add(steps, stream, steps.product(inner, feed.down))
 
 
 def _routed(steps: Steps, layer: Layer, x, rows: int):
     """The routing rule of `moe.choose_experts`, and the sum of the chosen experts [H, T]."""
     own, spec = layer.experts, layer.module.mlp.router.spec
     experts, (hidden, top_k) = spec.num_experts, (own.down.shape[1], spec.top_k)
-    scores = steps.sigmoid(steps.mul_mat(steps.weight(own.router), x))
+    scores = steps.sigmoid(steps.product(x, own.router))
     of_each = steps.reshape_3d(scores, 1, experts, rows)
     biased = scores if own.bias is None else steps.add(scores, steps.floats(own.bias, experts))
     ids = steps.top_k(biased, top_k)
@@ -203,7 +203,7 @@ def _routed(steps: Steps, layer: Layer, x, rows: int):
         weights = steps.div(weights, steps.sum_rows(weights))
     weights = steps.reshape_3d(steps.scale(weights, spec.scaling_factor), 1, top_k, rows)
     inner = steps.experts(steps.reshape_3d(x, hidden, 1, rows), ids, own.gate, own.up, spec.limit)
-    return steps.mul_multi_add(steps.mul_mat_id(steps.weight(own.down), inner, ids), weights)
+    return steps.mul_multi_add(steps.expert_product(inner, ids, own.down), weights)
 
 
 def _add(steps: Steps, stream, part):

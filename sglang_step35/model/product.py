@@ -1,7 +1,7 @@
-"""Products by unquantised weights: torch's own, or ggml's where those are faster.
+"""Products by unquantised weights: torch's own, or ggml's graphs where those are faster.
 
-torch's bfloat16 product reads the weights at memory speed for one row, but on CPUs without bfloat16 instructions costs
-3.5 times as much for four; ggml's 1.4. With such instructions (AMX) torch is ahead from the second row on. Small
+One core reads weights at 10 GB/s by torch's bfloat16 product and at 30 by `ik_rows.py`, which takes few rows (Zen 4).
+For more rows torch is ahead on CPUs with bfloat16 instructions, and elsewhere far behind ggml's own kernel. Small
 products stay torch's, because a call of ggml's costs 25 microseconds. Letters: T tokens, N rows, K columns.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sglang_step35.packed import ik_kernel, kernel
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
+from sglang_step35.packed.ik_rows import suits
 from sglang_step35.packed.parameter import PackedParameter
 
 LARGE = 1 << 20  # weights of a matrix
@@ -30,7 +31,8 @@ def of_layer(layer: nn.Module, x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K] times the transpose of weight [N, K] -> [T, N] in x's dtype."""
     large = is_large(weight, LARGE) and x.dtype is torch.bfloat16
-    if not large or (len(x) > 1 and multiplies_bfloat16()) or not usable():
+    many = len(x) > 1 and not suits(*x.shape)
+    if not large or (many and multiplies_bfloat16()) or not usable():
         return F.linear(x, weight)
     return ik_kernel.linear(x, (as_ggml(weight),))
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from sglang_step35.config import AttentionSpec
 from sglang_step35.model.norm import RMSNorm, rms_norm
 
+BLOCK_ROWS = 128  # at once: what lies between the steps then stays in a core's cache
+
 
 class RotaryRows:
     """cos and sin of the positions of the running forward, looked up once for all layers alike.
@@ -98,11 +100,17 @@ class QKNormRope(BaseFusedOp):
         heads = qkv.view(len(qkv), -1, self.head_dim)
         k_heads = self.sizes[1] // self.head_dim
         q_heads = heads.shape[1] - 2 * k_heads
-        scales = self._scales()[-(q_heads + k_heads) :]
-        qk = rms_norm(heads[:, : q_heads + k_heads].float(), scales, self.q_norm.eps_length)
-        own, swapped = self.rows.get(self.rope)
-        qk = torch.addcmul(qk * own, self._swap_halves(qk), swapped).to(qkv.dtype)
+        turned = [heads[:, : q_heads + k_heads], *self.rows.get(self.rope)]
+        if len(heads) <= BLOCK_ROWS:
+            qk = self._turn(*turned)
+        else:
+            qk = torch.cat([self._turn(*block) for block in zip(*(x.split(BLOCK_ROWS) for x in turned), strict=True)])
         return qk[:, :q_heads], qk[:, q_heads:], heads[:, q_heads + k_heads :]
+
+    def _turn(self, qk: Tensor, own: Tensor, swapped: Tensor) -> Tensor:
+        """qk [T, Q + K, D], normed and turned by these factors of `RotaryRows.get`."""
+        normed = rms_norm(qk.float(), self._scales()[-qk.shape[1] :], self.q_norm.eps_length)
+        return torch.addcmul(normed * own, self._swap_halves(normed), swapped).to(qk.dtype)
 
     def _scales(self) -> Tensor:
         """[Q + K, D] float32: the scale of q_norm for each query head, of k_norm for each key head."""

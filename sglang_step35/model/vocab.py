@@ -1,12 +1,15 @@
 """The vocabulary's tables, and how SGLang's fused layers name their parts."""
 
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.models.utils import WeightsMapper
 from sglang.srt.runtime_context import get_parallel
+from torch import Tensor
 
 from sglang_step35.checkpoint.names import TEXT_PREFIX
 from sglang_step35.config import ModelSpec
+from sglang_step35.model import product
 from sglang_step35.names import PACKED_METHOD
 
 # SGLang's fused linear layers and the checkpoint's names for their parts.
@@ -30,6 +33,15 @@ def keeps_packed(quant_config) -> bool:
     """Whether every linear layer, the experts and the vocabulary's tables keep the file's packed rows: our own methods,
     and SGLang's for GGUF."""
     return quant_config is not None and quant_config.get_name() in (PACKED_METHOD, "gguf")
+
+
+class PlainHead(UnquantizedEmbeddingMethod):
+    """Unquantised logits by `product.linear`. SGLang multiplies by itself where a head's method has a name it knows."""
+
+    def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [R, H] -> logits [R, V] in x's dtype."""
+        logits = product.linear(x, layer.weight)
+        return logits if bias is None else logits + bias
 
 
 def embedding(spec: ModelSpec, quant_config=None, prefix: str = "") -> VocabParallelEmbedding:

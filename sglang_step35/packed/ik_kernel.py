@@ -10,9 +10,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from sglang_step35.packed import ik_library
+from sglang_step35.packed import ik_library, ik_rows
 from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, FLOAT, I32, SILU, Graph, Library, float_bits, place, set_strides
+from sglang_step35.packed.ik_library import F32, FLOAT, I32, Graph, Library, place, set_strides
 from sglang_step35.packed.tensor import PackedTensor
 
 # Tokens of one expert call: between gate/up and down it keeps k (I + H) floats of each, 90 MB for the published widths.
@@ -75,7 +75,7 @@ class _Linear:
     def __init__(self, library: Library, tokens: int, columns: int, kinds: tuple, threads: int):
         x = library.tensor(F32, columns, tokens)
         weights = [library.tensor(kind, columns, rows) for kind, rows in kinds]
-        outputs = [library.ggml_mul_mat(library.arena, weight, x) for weight in weights]
+        outputs = [ik_rows.product(library, weight, x) for weight in weights]
         row = FLOAT * sum(rows for _, rows in kinds)
         for output in outputs:
             set_strides(output.contents, row, row * tokens)
@@ -98,16 +98,13 @@ class _Experts:
 
     def __init__(self, library: Library, shape: tuple, kind: int, down_kind: int, limit: float | None, threads: int):
         tokens, top_k, experts, hidden, size = shape
-        arena = library.arena
         gate, up = (library.tensor(kind, hidden, size, experts) for _ in range(2))
         down = library.tensor(down_kind, size, hidden, experts)
         x = library.tensor(F32, hidden, 1, tokens)
         ids, weights = library.tensor(I32, top_k, tokens), library.tensor(F32, 1, top_k, tokens)
-        inner = library.ggml_moe_up_gate(arena, up, gate, x, ids, SILU)
-        if limit is not None:
-            inner.contents.op_params[1] = float_bits(limit)
-        rows = library.ggml_mul_mat_id(arena, down, inner, ids)  # zeros where the id is -1
-        out = library.ggml_mul_multi_add(arena, rows, weights)
+        inner = ik_rows.expert_gated(library, gate, up, x, ids, limit)
+        rows = ik_rows.expert_product(library, down, inner, ids)
+        out = library.ggml_mul_multi_add(library.arena, rows, weights)
         self.graph = Graph(library, (out,), threads)
         self.operands = [tensor.contents for tensor in (x, gate, up, down, weights, ids, out)]
         self.between = [tensor.contents for tensor in (inner, rows)]

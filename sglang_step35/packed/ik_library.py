@@ -19,6 +19,7 @@ F32, I32 = 0, 26  # enum ggml_type
 FLOAT = 4  # bytes
 SIGMOID, SILU = 7, 10  # enum ggml_unary_op
 NEOX = 2  # the rotary embedding that turns channel i with channel i + r / 2
+CALLBACK_LIMIT = 8  # which of our callback's op_params holds a network's limit: the first ones are ggml's
 ARENA_BYTES = 64 << 20  # of tensors and graphs, a few kilobytes each; what is not used costs nothing
 GRAPH_NODES = 64  # at most, in one graph; ggml rounds its tables up from there
 _OBJECT_BYTES = 32  # ggml's own header before each tensor
@@ -91,6 +92,7 @@ _SIGNATURES: dict[str, tuple] = {
     "ggml_fused_up_gate": (_TENSOR, c_void_p, _TENSOR, _TENSOR, _TENSOR, c_int),
     "ggml_fused_mul_unary": (_TENSOR, c_void_p, _TENSOR, _TENSOR, c_int),
     "ggml_rope_fast": (_TENSOR, c_void_p, _TENSOR, _TENSOR),
+    "ggml_map_custom1": (_TENSOR, c_void_p, _TENSOR, c_void_p, c_int, c_void_p),
     "ggml_nbytes": (c_size_t, _TENSOR),
     "ggml_graph_n_nodes": (c_int, c_void_p),
     "ggml_graph_node": (_TENSOR, c_void_p, c_int),

@@ -8,8 +8,9 @@ from ctypes import POINTER, c_void_p, cast
 
 from torch import Tensor
 
+from sglang_step35.packed import ik_rows
 from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, NEOX, SILU, CTensor, Graph, Library, float_bits, place
+from sglang_step35.packed.ik_library import F32, NEOX, CTensor, Graph, Library, place
 
 ALIGNMENT = 64  # bytes, of every result
 
@@ -42,13 +43,21 @@ class Steps:
         tensor.contents.data = data.data_ptr()
         return tensor
 
+    def product(self, x, part: GGMLTensor):
+        """x [K, T] times the matrix -> [N, T]."""
+        return ik_rows.product(self.library, self.weight(part), x)
+
+    def expert_product(self, x, ids, part: GGMLTensor):
+        """x [K, k, T] times each token's experts ids [k, T] of the stack -> [N, k, T]."""
+        return ik_rows.expert_product(self.library, self.weight(part), x, ids)
+
     def swiglu(self, x, gate: GGMLTensor, up: GGMLTensor, limit: float | None):
         """min(silu(gate x), limit) * clamp(up x, -limit, limit); x: [H, T]."""
-        return _limited(self.fused_up_gate(self.weight(up), self.weight(gate), x, SILU), limit)
+        return ik_rows.gated(self.library, self.weight(gate), self.weight(up), x, limit)
 
     def experts(self, x, ids, gate: GGMLTensor, up: GGMLTensor, limit: float | None):
         """The same by each token's experts; x: [H, 1, T], ids: [k, T] -> [I, k, T]."""
-        return _limited(self.moe_up_gate(self.weight(up), self.weight(gate), x, ids, SILU), limit)
+        return ik_rows.expert_gated(self.library, self.weight(gate), self.weight(up), x, ids, limit)
 
     def rotate(self, x, turns: Tensor, channels: int):
         """Rotary embedding of the first `channels` of x [D, heads, T].
@@ -78,8 +87,3 @@ class Steps:
         if address > end:
             raise MemoryError(f"a graph needs {address - memory.data_ptr()} bytes between its steps, not {len(memory)}")
         return graph
-
-
-def _limited(step, limit: float | None):
-    step.contents.op_params[1] = float_bits(limit or 0.0)
-    return step

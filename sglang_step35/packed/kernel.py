@@ -15,6 +15,7 @@ from torch import Tensor
 from sglang_step35.packed import ik_kernel, plain
 from sglang_step35.packed.ggml import GGMLTensor
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
+from sglang_step35.packed.ik_rows import suits
 from sglang_step35.packed.tensor import PackedTensor
 
 
@@ -34,8 +35,8 @@ def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
 
 
 def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:
-    """Where the CPU has instructions for bfloat16, from the second row on."""
-    native = x.dtype is torch.bfloat16 and len(x) > 1 and multiplies_bfloat16()
+    """Where the CPU has instructions for bfloat16, for more rows than suit `ik_rows.py`."""
+    native = x.dtype is torch.bfloat16 and len(x) > 1 and not suits(*x.shape) and multiplies_bfloat16()
     return native and isinstance(part, GGMLTensor) and part.type.name == "BF16" and ik_kernel.reads(part)
 
 

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Q
 
 from sglang_step35.model import graphed_layers, layer_steps, single_rank
 from sglang_step35.model.weights import refresh
-from sglang_step35.packed import ik_check, ik_library
+from sglang_step35.packed import ik_check, ik_library, ik_rows
 from tests.packed.test_model import K_WIDE, SMALL, converted, k_mix
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -93,6 +93,18 @@ def test_packed_weights(tmp_path, kind):
     expected = reference.hidden_before_norm(prompt(24))
     found = model_host.run(model, prompt(24)).hidden_states.float()
     assert (found - expected).norm() < ROUNDED * expected.norm()
+
+
+def test_few_rows_and_bfloat16_weights(tmp_path, monkeypatch):
+    """By `ik_rows.py`, whatever the size of a matrix."""
+    steps, step = [], ik_rows._step
+    monkeypatch.setattr(ik_rows, "LARGE", 0)
+    monkeypatch.setattr(ik_rows, "_step", lambda *operands, **limit: steps.append(operands) or step(*operands, **limit))
+    file, reference = converted(tmp_path, replace(SMALL, residual=0.1), lambda name: Q.BF16)
+    expected = reference.hidden_before_norm(prompt(7))
+    found = model_host.run(model_host.load_gguf(file, dtype="bfloat16"), prompt(7)).hidden_states.float()
+    assert (found - expected).norm() < ROUNDED * expected.norm()
+    assert len(steps) > 7 * SMALL.num_layers
 
 
 def test_new_weights(directory, backbone):
