@@ -11,6 +11,7 @@ Letters: T tokens, H hidden size.
 
 from collections.abc import Sequence
 from itertools import count
+from math import prod
 
 import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -25,7 +26,8 @@ from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 from sglang_step35.packed.ik_library import Graph
 from sglang_step35.packed.ik_steps import Steps
 
-NATIVE_ROWS = 8  # where torch multiplies bfloat16 by instructions of the CPU, and the layers are in bfloat16
+NATIVE_ROWS = 8  # where torch multiplies bfloat16 by instructions of the CPU, and the layers are in bfloat16 and large
+LARGE = 1 << 20  # weights of the attention's output: of smaller layers, torch's calls cost more than its products save
 _SERIAL = count()
 
 
@@ -53,7 +55,7 @@ class GraphedLayers(nn.Module):
         if x.dtype is torch.float32 or not 0 < len(x) <= ROWS or not usable():
             return False
         layers = self._weights()
-        if len(x) > NATIVE_ROWS and multiplies_bfloat16() and layers and layers[0].is_bfloat16():
+        if len(x) > NATIVE_ROWS and multiplies_bfloat16() and layers and _is_large_bfloat16(layers[0]):
             return False
         return bool(layers)
 
@@ -100,3 +102,7 @@ class GraphedLayers(nn.Module):
         if number < len(layers):
             outputs += begin(steps, layers[number], stream, memory, rows)
         return steps.build(outputs, memory.between, threads)
+
+
+def _is_large_bfloat16(layer: Layer) -> bool:
+    return layer.output.type.name == "BF16" and prod(layer.output.shape) >= LARGE

@@ -107,9 +107,6 @@ class Layer:
             experts is None or ik_kernel.reads_experts(experts.gate, experts.up, experts.down)
         )
 
-    def is_bfloat16(self) -> bool:
-        return self.output.type.name == "BF16"
-
 
 class Place:
     """float32 memory of at most ROWS rows, which lie without gaps whatever their width."""
