@@ -172,8 +172,9 @@ class DepthController:
 
     def follow(self, former: "DepthController") -> None:
         """Begin with what batches of another size have shown: the text stays the same, and so does the machine."""
-        self.acceptance, self._trial = list(former.acceptance), None
-        self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
+        if former._drafts[0] >= self.settings.first_drafts:
+            self.acceptance, self._trial = list(former.acceptance), None
+            self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
         scales = former.scales()
         self.prior = [cost * scale for cost, scale in zip(self.prior, scales, strict=True)]
         self.upkeep *= scales[0]

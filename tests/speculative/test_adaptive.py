@@ -349,3 +349,12 @@ def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
         planner.begin_round(tuple(map(str, range(size))), [1] * size, [1] * size, [[]] * size)
         now[0] += 0.1 * size
     assert planner._controller(15).cost == [None, pytest.approx(1.5)]
+
+
+def test_a_new_batch_size_makes_its_own_first_trial_where_drafts_are_not_known_yet():
+    planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), lambda batch: ([10, 20, 30, 40], 0.0))
+    for rounds, batch, depth in ((5, 16, 3), (7, 64, 0)):
+        for _ in range(rounds):
+            planner.begin_round(("a",), [3], [3], [[]])
+            planner.observe([0])
+        assert planner.next_depth(batch) == depth
