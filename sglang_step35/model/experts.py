@@ -16,6 +16,7 @@ from sglang_step35.model.mlp import swiglu
 from sglang_step35.model.product import as_ggml, is_large
 from sglang_step35.packed import ik_kernel
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
+from sglang_step35.packed.ik_rows import APART
 
 # What one small matrix product costs in Python and dispatch, in multiplications of a CPU core.
 CALL_COST = 160_000
@@ -115,8 +116,9 @@ def _by_expert(ids: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int]]
 
 
 def _ggml_is_faster(ids: Tensor, w2: Tensor) -> bool:
-    """Few rows an expert, or torch without bfloat16 instructions."""
-    return ids.numel() <= 2 * len(w2) or not multiplies_bfloat16()
+    """Few rows an expert, more of them where `ik_rows.py` multiplies; or torch without bfloat16 instructions."""
+    few = 4 if len(ids) <= APART else 2
+    return ids.numel() <= few * len(w2) or not multiplies_bfloat16()
 
 
 def _dense_is_cheaper(ids: Tensor, w2: Tensor) -> bool:

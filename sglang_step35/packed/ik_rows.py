@@ -9,7 +9,8 @@ from ctypes import c_void_p, cast
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, SILU, Library, float_bits
 
-ROWS = 8  # tokens, at most
+ROWS = 8  # tokens, at most, that share a matrix
+APART = 64  # tokens, at most, that choose few of many matrices each
 AT_ONCE = 4  # of them that share what was read of the weights
 NEAR = 1 << 13  # activations that stay in a core's nearest cache while weights pass by
 LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses nothing
@@ -53,7 +54,7 @@ def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
 def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
     """apart: few of the tokens share a matrix."""
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
-    if tokens > ROWS or not suits(1 if apart else tokens, shapes[0][1]):
+    if tokens > (APART if apart else ROWS) or not suits(1 if apart else tokens, shapes[0][1]):
         return False
     return all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
 

@@ -157,6 +157,8 @@ ROWS = (
     ),
     *module(
         "sglang.srt.layers.quantization.unquant",
+        takes("UnquantizedEmbeddingMethod", ""),
+        takes("UnquantizedEmbeddingMethod.apply", "self layer x bias"),
         takes("UnquantizedFusedMoEMethod.process_weights_after_loading", "self layer"),
         takes("UnquantizedFusedMoEMethod.forward_native", "self layer dispatch_output"),
     ),

@@ -56,14 +56,16 @@ def test_experts_in_turn_are_grouped_ones():
         assert torch.equal(*found)
 
 
-def test_experts(calls, native):
-    """Twice as many rows as experts is where torch with bfloat16 instructions takes over."""
+@pytest.mark.parametrize(("apart", "taken"), [(64, [1, 8]), (0, [1, 4])])
+def test_experts(monkeypatch, calls, native, apart, taken):
+    """Four or two times as many rows as experts is where torch with bfloat16 instructions takes over."""
+    monkeypatch.setattr(experts, "APART", apart)
     w13, w2 = torch.randn(4, 128, 96).bfloat16() / 8, torch.randn(4, 96, 64).bfloat16() / 8
-    for rows in (1, 4, 5):
+    for rows in (*taken, taken[-1] + 1):
         x, weights = torch.randn(rows, 96).bfloat16(), torch.rand(rows, 2)
         ids = torch.rand(rows, 4).topk(2).indices
         ids[rows - 1, 0] = -1
         found = experts.run_experts(x, w13, w2, weights, ids, 0.7)
         wide = w13.float().chunk(2, dim=1)
         assert error(found, chosen_experts(x.float(), *wide, w2.float(), weights, ids, 0.7)) < 3 * BF16
-    assert calls == ([1, 4] if native else [1, 4, 5])
+    assert calls == (taken if native else [*taken, taken[-1] + 1])

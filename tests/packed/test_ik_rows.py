@@ -49,9 +49,9 @@ def test_products(steps, threads, rows):
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
 def test_experts(steps, threads, rows, limit):
-    """Up to eight rows choose one expert; -1 is none."""
+    """All rows choose one of the experts, three of five each; -1 is none."""
     gate, up, down = weights(5, 35, 64), weights(5, 35, 64), weights(5, 64, 35)
     x, shares = torch.randn(rows, 64) / 8, torch.rand(rows, 3)
     ids = torch.rand(rows, 4).topk(3).indices
@@ -59,8 +59,8 @@ def test_experts(steps, threads, rows, limit):
     ids[rows - 1, 1:] = -1
     found = ik_kernel.experts(x, plain(gate), plain(up), plain(down), shares, ids, limit)
     expected = chosen_experts(x, gate.float(), up.float(), down.float(), shares, ids, limit)
-    assert error(found, expected) < EXACT
-    assert steps == [(35, 3, rows), (64, 3, rows)]
+    assert error(found, expected) < (EXACT if rows <= ik_rows.APART else 0.01)  # the library may round activations
+    assert steps == ([(35, 3, rows), (64, 3, rows)] if rows <= ik_rows.APART else [])
 
 
 def test_halves_of_one_stack_are_read_in_place(steps):
