@@ -92,6 +92,8 @@ def command_nano(options: argparse.Namespace) -> list[Run]:
 
     flags = {"off": (), "mtp": MTP_ARGS, "adaptive": (*MTP_ARGS, "--speculative-adaptive")}
     common = (*NANO_ARGS, "--dtype", "bfloat16", "--enable-metrics", "--enable-cache-report")
+    # With speculation SGLang runs 48 requests at once where no flag says otherwise, without it as many as fit.
+    common += ("--max-running-requests", str(max(options.concurrency)))
     groups = [(name,) for name in options.variants] if options.one_at_a_time else [options.variants]
     runs = []
     with tempfile.TemporaryDirectory() as folder:
