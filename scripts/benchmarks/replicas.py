@@ -64,7 +64,7 @@ def measure(group: Replicas, policy: str, options: argparse.Namespace) -> dict:
     urls = [replica.server.url for replica in group.replicas]
     group.router.wait_for(urls)
     for replica in group.replicas:
-        replica.server.post("/flush_cache", {}).raise_for_status()
+        replica.server.flush_cache()
     before = [requests_of(replica.server) for replica in group.replicas]
     work = Settings(
         workloads=("agent",),

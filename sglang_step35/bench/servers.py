@@ -23,6 +23,7 @@ from sglang_step35.assets import NANO
 
 START_SECONDS = 300
 STOP_SECONDS = 15
+FLUSH_SECONDS = 10
 TRACKER_SECONDS = 2  # multiprocessing's tracker removes shared memory after the others are gone
 TAIL_LINES = 40
 LINE_WIDTH = 300  # SGLang logs all of its arguments in one line of 20,000 characters
@@ -89,6 +90,10 @@ class Server:
         response = self.post("/generate", {"text": text, "sampling_params": sampling})
         response.raise_for_status()
         return response.json()
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache, once the last answered request has left the scheduler."""
+        self.post(f"/flush_cache?timeout={FLUSH_SECONDS}", {}).raise_for_status()
 
     def metrics(self) -> str:
         """What Prometheus would scrape; the server needs --enable-metrics."""

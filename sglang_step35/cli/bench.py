@@ -91,9 +91,9 @@ def command_nano(options: argparse.Namespace) -> list[Run]:
     from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS, ServerPool
 
     flags = {"off": (), "mtp": MTP_ARGS, "adaptive": (*MTP_ARGS, "--speculative-adaptive")}
-    common = (*NANO_ARGS, "--dtype", "bfloat16", "--enable-metrics", "--enable-cache-report")
     # With speculation SGLang runs 48 requests at once where no flag says otherwise, without it as many as fit.
-    common += ("--max-running-requests", str(max(options.concurrency)))
+    at_once = ("--max-running-requests", str(max(options.concurrency)))
+    common = (*NANO_ARGS, *at_once, "--dtype", "bfloat16", "--enable-metrics", "--enable-cache-report")
     groups = [(name,) for name in options.variants] if options.one_at_a_time else [options.variants]
     runs = []
     with tempfile.TemporaryDirectory() as folder:

@@ -75,7 +75,7 @@ def ollama_chat(server, stream: bool):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ask", [chat, completion, responses, messages, ollama_chat])
 def test_an_api_reports_what_the_cache_held(server, ask, stream):
-    server.post("/flush_cache", {}).raise_for_status()
+    server.flush_cache()
     prompt, first = ask(server, stream)
     again, second = ask(server, stream)
     assert prompt == again > 200
@@ -85,7 +85,7 @@ def test_an_api_reports_what_the_cache_held(server, ask, stream):
 
 def test_the_load_generator_reports_hits_from_the_answers(server):
     """The second of two equal sessions finds the first one's prompts."""
-    server.post("/flush_cache", {}).raise_for_status()
+    server.flush_cache()
     sessions = [Session(system=TEXT, turns=("One?", "Two?"))] * 2
 
     async def drive():

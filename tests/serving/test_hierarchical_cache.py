@@ -31,7 +31,7 @@ def test_random_trees_with_host_memory(serve, rounds, page, policy):
 @pytest.mark.parametrize(("page", "policy"), MODES, scope="module")
 def test_a_prompt_evicted_from_the_pool_is_loaded(serve, page, policy):
     server = serve(*HOST_ARGS, "--page-size", page, "--hicache-write-policy", policy)
-    server.post("/flush_cache", {}).raise_for_status()
+    server.flush_cache()
     case = Case(tuple(prompts()[3]), 40)
     (first,) = ask(server, [case])
     for ids in random_ids(3, 400):

@@ -44,7 +44,7 @@ def test_a_turn_recomputes_only_what_is_new(serve, page):
     run went past the answer's end, so that one token is not decided here.
     """
     server = serve(*SMALL_ARGS, "--page-size", str(page))
-    server.post("/flush_cache", {}).raise_for_status()
+    server.flush_cache()
     history = []
     for turn in range(TURNS):
         ids = [*history, *prompts()[130 + turn][:37]]
@@ -65,7 +65,7 @@ def test_turns_accept_as_many_drafts_as_without_a_cache(serve):
     answers = []
     for args in (OFF_ARGS, (*SMALL_ARGS, "--page-size", "16")):
         server = serve(*args)
-        server.post("/flush_cache", {}).raise_for_status()
+        server.flush_cache()
         answers.append([ask(server, [turn])[0] for turn in turns])
     plain, cached = answers
     assert [a.ids for a in cached] == [a.ids for a in plain]

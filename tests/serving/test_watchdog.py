@@ -33,7 +33,7 @@ def warnings(server) -> list[str]:
 
 def test_ordinary_traffic_hits_and_samples_without_a_warning(serve):
     server = serve(*METRICS_ARGS)
-    server.post("/flush_cache", {}).raise_for_status()
+    server.flush_cache()
     answers = generate_all(server, mixed(), TOKENS)
     answers += generate_all(server, mixed(), TOKENS)
     answers += generate_all(server, mixed(), TOKENS, temperature=0.8)

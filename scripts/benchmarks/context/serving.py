@@ -91,7 +91,7 @@ def measure(server: Server, variant: str, length: int, tokens: int, again: bool 
 
     again False: one request does both, for stock where its second pass over a long prompt takes minutes.
     """
-    server.post("/flush_cache", {})
+    server.flush_cache()
     ids = context_ids(length - TAIL - tokens, seed=length % 97)
     prefill = hit = stream(server, ids, 1 if again else tokens)
     if again:

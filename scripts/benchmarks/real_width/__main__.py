@@ -112,7 +112,7 @@ def run(cell: Cell, pool: ServerPool, logs: Path, options: argparse.Namespace) -
     else:
         threads = {"OMP_NUM_THREADS": str(options.threads)}
         server = pool.get("--model-path", str(file), *SERVER_ARGS, *MODES[cell.mode], **threads)
-        server.post("/flush_cache", {})
+        server.flush_cache()
         clients.ask_sglang(server, drafted.text(config["vocab_size"], 0, 64), 16, 0)  # first passes are slow
         rates = clients.measure(server, clients.ask_sglang, texts, tokens, cell.shared)
     return asdict(rates) | {"mb_per_token": megabytes(cell, weights, rates.accept)}
