@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sglang_step35.packed import ik_kernel, kernel
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
-from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
-from sglang_step35.packed.ik_rows import suits
+from sglang_step35.packed.ik_check import usable
 from sglang_step35.packed.parameter import PackedParameter
 
 LARGE = 1 << 20  # weights of a matrix
@@ -31,8 +30,7 @@ def of_layer(layer: nn.Module, x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K] times the transpose of weight [N, K] -> [T, N] in x's dtype."""
     large = is_large(weight, LARGE) and x.dtype is torch.bfloat16
-    many = len(x) > 1 and not suits(*x.shape)
-    if not large or (many and multiplies_bfloat16()) or not usable():
+    if not large or kernel.is_native(x) or not usable():
         return F.linear(x, weight)
     return ik_kernel.linear(x, (as_ggml(weight),))
 

@@ -54,9 +54,9 @@ def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
 def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
     """apart: few of the tokens share a matrix."""
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
-    if tokens > (APART if apart else ROWS) or not suits(1 if apart else tokens, shapes[0][1]):
-        return False
-    return all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
+    columns = shapes[0][1]
+    fits = tokens <= APART and suits(1, columns) if apart else suits(tokens, columns)
+    return fits and all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
 
 
 def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):

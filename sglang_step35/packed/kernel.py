@@ -34,10 +34,13 @@ def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
     return torch.cat([linear(x, (part,)) for part in parts], dim=-1)
 
 
+def is_native(x: Tensor) -> bool:
+    """Whether torch is ahead with bfloat16 weights: by the CPU's instructions, for more rows than suit `ik_rows.py`."""
+    return x.dtype is torch.bfloat16 and len(x) > 1 and not suits(*x.shape) and multiplies_bfloat16()
+
+
 def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:
-    """Where the CPU has instructions for bfloat16, for more rows than suit `ik_rows.py`."""
-    native = x.dtype is torch.bfloat16 and len(x) > 1 and not suits(*x.shape) and multiplies_bfloat16()
-    return native and isinstance(part, GGMLTensor) and part.type.name == "BF16" and ik_kernel.reads(part)
+    return is_native(x) and isinstance(part, GGMLTensor) and part.type.name == "BF16" and ik_kernel.reads(part)
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from sglang_step35.names import DEPTH_PARAM
 from sglang_step35.speculative.adaptive import (
@@ -43,7 +44,7 @@ class DepthPlanner:
         ranks: Ranks = ALONE,
     ):
         self.settings = settings
-        self._prior = prior
+        self._prior = cache(prior)  # asked in every round
         self._clock = clock
         self._ranks = ranks
         self._controllers: dict[int, DepthController] = {}
@@ -107,8 +108,7 @@ class DepthPlanner:
         """Note a round's time as that of a batch of the size that the controller began with."""
         controller = self._controller(batch_size)
         began = self._sizes[_bucket(batch_size)]
-        if began != batch_size:
-            seconds *= self._prior(began)[0][depth] / self._prior(batch_size)[0][depth]
+        seconds *= self._prior(began)[0][depth] / self._prior(batch_size)[0][depth]
         controller.observe_round(depth, self._ranks.same_number(seconds), wide)
 
     def _controller(self, batch_size: int) -> DepthController:

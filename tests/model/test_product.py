@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_step35.model import experts, product
-from sglang_step35.packed import ik_check, ik_kernel
+from sglang_step35.packed import ik_check, ik_kernel, kernel
 from tests.packed.test_ik_kernel import BF16, chosen_experts, error
 
 pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is not usable here")
@@ -25,7 +25,7 @@ def calls(monkeypatch):
 
 @pytest.fixture(params=[True, False], ids=["bfloat16 instructions", "none"])
 def native(request, monkeypatch):
-    for module in (product, experts):
+    for module in (kernel, experts):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda: request.param)
     return request.param
 

@@ -331,8 +331,8 @@ def test_what_a_round_without_drafts_leaves_for_later_counts():
 def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
     """Where rounds with drafts take twice what their bytes foretell, they do so in other batches."""
     now = [0.0]
-    planner = DepthPlanner(MTPSettings(num_steps=1, adaptive=True), lambda batch: ([10 * batch, 10 * batch], 0.0))
-    planner._clock = lambda: now[0]
+    settings = MTPSettings(num_steps=1, adaptive=True)
+    planner = DepthPlanner(settings, lambda batch: ([10 * batch, 10 * batch], 0.0), clock=lambda: now[0])
     for seconds, depth in ((1.0, 0), (2.0, 1)):
         for _ in range(4):
             planner.begin_round(("a",), [depth], [depth], [[]])
@@ -343,8 +343,8 @@ def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
 def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
     """Fifteen requests down to eight, whose rounds take as long as their share."""
     now = [0.0]
-    planner = DepthPlanner(MTPSettings(num_steps=1, adaptive=True), lambda batch: ([10 * batch, 12 * batch], 0.0))
-    planner._clock = lambda: now[0]
+    settings = MTPSettings(num_steps=1, adaptive=True)
+    planner = DepthPlanner(settings, lambda batch: ([10 * batch, 12 * batch], 0.0), clock=lambda: now[0])
     for size in (15, 12, 10, 8):
         planner.begin_round(tuple(map(str, range(size))), [1] * size, [1] * size, [[]] * size)
         now[0] += 0.1 * size
