@@ -10,7 +10,7 @@ were. Everything here is plain arithmetic on numbers handed in, no clock and no 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 
 _RARELY = 1e-6  # in place of an acceptance of 0
 
@@ -63,87 +63,33 @@ def best_depth(acceptance: list[float], cost: list[float], current: int, gain: f
 
 
 @dataclass(frozen=True)
-class StopRule:
-    """Whether a draft pass goes on to its next layer, from the drafts it has so far.
+class Foretold:
+    """What rounds of a batch cost before any is timed, in any unit.
 
-    The next layer adds the chance that all drafts before it and its own come true, in tokens, for
-    the seconds it costs. A round should spend seconds only where they give at least the tokens
-    that rounds give on average.
-
-    floors: [S - 1], per finished layer the chance of all drafts so far below which the next layer
-    does not pay. table: chance of acceptance by equal bins of a layer's confidence in its draft.
+    by_depth: [max_depth + 1]. upkeep: what a round without drafts leaves for a later pass of the MTP layers, whose time
+    no round of its depth shows. catch_up: of the first pass with drafts behind many rounds without.
     """
 
-    floors: list[float]
-    table: list[float]
+    by_depth: Sequence[float]
+    upkeep: float = 0.0
+    catch_up: float = 0.0
 
-    def stops(self, confidences: list[list[float]]) -> bool:
-        """confidences[layer][b]: the probability a finished layer gave its draft for request b.
-
-        A layer runs for the whole batch at one price, so what counts is the mean chance of its
-        requests: one request's drafting ends with its batch's, since leaving it out alone would
-        save nothing.
-        """
-        finished = len(confidences)
-        if finished > len(self.floors):
-            return True
-        chances = [prod(map(self._chance, drafts)) for drafts in zip(*confidences, strict=True)]
-        return sum(chances) < self.floors[finished - 1] * len(chances)
-
-    def _chance(self, confidence: float) -> float:
-        return self.table[Calibration.bin(confidence, len(self.table))]
-
-
-@dataclass
-class Calibration:
-    """Measured acceptance of drafts by the MTP layer's own confidence in them.
-
-    A layer's probability of its draft is not its chance of acceptance: a greedy target accepts
-    every draft that ranks first, however flat the distribution. Bins over [0, 1]; a bin without
-    experience counts as `hope`, so that its drafts get a trial. Old experience fades by `decay`.
-    """
-
-    bins: int = 8
-    hope: float = 0.9
-    weight: float = 4.0
-    decay: float = 0.99
-    _tries: list[float] = field(init=False)
-    _hits: list[float] = field(init=False)
-
-    def __post_init__(self):
-        self._tries = [0.0] * self.bins
-        self._hits = [0.0] * self.bins
-
-    def observe(self, confidence: float, accepted: bool) -> None:
-        """Note one draft that verification reached."""
-        at = self.bin(confidence, self.bins)
-        self._tries[at] = self._tries[at] * self.decay + 1
-        self._hits[at] = self._hits[at] * self.decay + accepted
-
-    @staticmethod
-    def bin(confidence: float, bins: int) -> int:
-        """The bin of a confidence in [0, 1]."""
-        return min(int(confidence * bins), bins - 1)
-
-    def table(self) -> list[float]:
-        """Chance of acceptance by bin of confidence."""
-        prior = self.hope * self.weight
-        return [(hits + prior) / (tries + self.weight) for hits, tries in zip(self._hits, self._tries, strict=True)]
+    def times(self, scales: Sequence[float]) -> "Foretold":
+        """In another unit, scales by depth."""
+        costs = [cost * scale for cost, scale in zip(self.by_depth, scales, strict=True)]
+        return Foretold(costs, self.upkeep * scales[0], self.catch_up * scales[0])
 
 
 @dataclass
 class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
-    prior: [max_depth + 1] what rounds cost by depth, in any unit, before they are timed. upkeep: in the prior's unit,
-    what a round without drafts leaves for a later pass of the MTP layers, whose time no round of its depth shows.
     acceptance: [max_depth] conditional rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
     too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
-    prior: Sequence[float]
-    upkeep: float = 0.0
+    prior: Foretold
     acceptance: list[float] = field(init=False)
     depth: int = field(init=False)
     cost: list[float | None] = field(init=False)
@@ -175,9 +121,7 @@ class DepthController:
         if former._drafts[0] >= self.settings.first_drafts:
             self.acceptance, self._trial = list(former.acceptance), None
             self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
-        scales = former.scales()
-        self.prior = [cost * scale for cost, scale in zip(self.prior, scales, strict=True)]
-        self.upkeep *= scales[0]
+        self.prior = self.prior.times(former.scales())
         self._tried = set(former._tried)
 
     def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
@@ -252,15 +196,15 @@ class DepthController:
 
     def _costs(self) -> list[float]:
         """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one."""
-        scales = self.scales()
-        costs = [scale * foretold for scale, foretold in zip(scales, self.prior, strict=True)]
-        costs[0] += self.upkeep * scales[0]
+        foretold = self.prior.times(self.scales())
+        costs = [foretold.by_depth[0] + foretold.upkeep, *foretold.by_depth[1:]]
         return [inf if depth < self.settings.min_depth else cost for depth, cost in enumerate(costs)]
 
     def scales(self) -> list[float]:
         """By depth, what rounds took for a unit of the prior: of the nearest depth that was timed, 1 without one."""
-        timed = {depth: seconds / self.prior[depth] for depth, seconds in enumerate(self.cost) if seconds is not None}
-        near = (min(timed, key=lambda other: abs(other - depth), default=None) for depth in range(len(self.prior)))
+        pairs = enumerate(zip(self.cost, self.prior.by_depth, strict=True))
+        timed = {depth: seconds / foretold for depth, (seconds, foretold) in pairs if seconds is not None}
+        near = (min(timed, key=lambda other: abs(other - depth), default=None) for depth in range(len(self.cost)))
         return [1.0 if depth is None else timed[depth] for depth in near]
 
     def _wait(self, kind: int, rates: list[float]) -> float:
@@ -272,8 +216,14 @@ class DepthController:
         else:
             lost = 1 - rates[kind] / max(rates)
         others = len(self._waited) - 1
-        rounds = (settings.enough + 1) * lost * others / settings.regret
+        rounds = ((settings.enough + 1) * lost + self._catch_up(kind)) * others / settings.regret
         return max(settings.probe_every, rounds if kind in self._tried else rounds / settings.curious)
+
+    def _catch_up(self, kind: int) -> float:
+        """Rounds without drafts that take as long as what comes before one of this kind with them."""
+        if self.depth or not 0 < kind <= self.settings.max_depth:
+            return 0.0
+        return self.prior.catch_up / self.prior.by_depth[0]
 
     def _probe(self, kind: int) -> int:
         """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""

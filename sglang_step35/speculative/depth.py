@@ -3,16 +3,12 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 from sglang_step35.names import DEPTH_PARAM
-from sglang_step35.speculative.adaptive import (
-    AdaptiveSettings,
-    Calibration,
-    DepthController,
-    StopRule,
-)
+from sglang_step35.speculative.adaptive import AdaptiveSettings, DepthController, Foretold
+from sglang_step35.speculative.confidence import Calibration, StopRule
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.settings import MTPSettings
 
@@ -22,7 +18,7 @@ def depth_limit(req) -> int:
     return (req.sampling_params.custom_params or {}).get(DEPTH_PARAM, sys.maxsize)
 
 
-Prior = Callable[[int], tuple[Sequence[float], float]]
+Prior = Callable[[int], Foretold]
 
 
 class DepthPlanner:
@@ -32,8 +28,7 @@ class DepthPlanner:
     nevertheless. Of what decides the depth only the seconds and their prior differ between ranks, so rank 0's serve
     all.
 
-    prior: what rounds of a batch size cost by depth, 0 to num_steps, in any unit, before they are timed; and what a
-    round without drafts leaves for later.
+    prior: what rounds of a batch size cost before they are timed.
     """
 
     def __init__(
@@ -50,6 +45,7 @@ class DepthPlanner:
         self._controllers: dict[int, DepthController] = {}
         self._sizes: dict[int, int] = {}  # the batch size that a controller's costs are those of
         self._latest: DepthController | None = None
+        self.rests = False  # the last round planned no drafts for the next
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
         self._last: tuple[float, frozenset, tuple[int, bool]] | None = None
@@ -92,7 +88,9 @@ class DepthPlanner:
         """MTP layers' drafts of the next round."""
         if not self._measures:
             return self.settings.num_steps
-        return self._controller(batch_size).next_depth()
+        depth = self._controller(batch_size).next_depth()
+        self.rests = depth == 0
+        return depth
 
     def look_ups_pay(self, drafted: list[int], tokens: float) -> bool:
         """Whether the round verifies looked-up drafts that should add `tokens` to each request, their mean."""
@@ -108,7 +106,7 @@ class DepthPlanner:
         """Note a round's time as that of a batch of the size that the controller began with."""
         controller = self._controller(batch_size)
         began = self._sizes[_bucket(batch_size)]
-        seconds *= self._prior(began)[0][depth] / self._prior(batch_size)[0][depth]
+        seconds *= self._prior(began).by_depth[depth] / self._prior(batch_size).by_depth[depth]
         controller.observe_round(depth, self._ranks.same_number(seconds), wide)
 
     def _controller(self, batch_size: int) -> DepthController:
@@ -118,9 +116,9 @@ class DepthPlanner:
             steps = self.settings.num_steps
             lowest = 0 if self.settings.adaptive else steps
             settings = AdaptiveSettings(steps, min_depth=lowest, look_ups=self.settings.look_ups > 0)
-            by_depth, upkeep = self._prior(batch_size)
-            prior, upkeep = list(map(self._ranks.same_number, by_depth)), self._ranks.same_number(upkeep)
-            controller = DepthController(settings, prior, upkeep=upkeep)
+            prior, same = self._prior(batch_size), self._ranks.same_number
+            numbers = Foretold(tuple(map(same, prior.by_depth)), same(prior.upkeep), same(prior.catch_up))
+            controller = DepthController(settings, numbers)
             if self._latest is not None:
                 controller.follow(self._latest)
             self._controllers[bucket] = controller

@@ -13,10 +13,10 @@ from torch import Tensor
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings
-from sglang_step35.speculative.window import WindowReader
 
 if TYPE_CHECKING:
     from sglang_step35.speculative.verify_graphs import NarrowSteps
+    from sglang_step35.speculative.window import WindowReader
 
 
 def attach_draft_attention(runner) -> None:
@@ -50,7 +50,7 @@ def writes_kv_alone(runner) -> bool:
     return hasattr(runner.attn_backend, "write_kv")
 
 
-def capture_graphs(runner, settings: MTPSettings, reader: WindowReader):
+def capture_graphs(runner, settings: MTPSettings, reader: "WindowReader"):
     """Graphs of the pass of the MTP layers behind a verify step; None where SGLang captures none."""
     from sglang.srt.environ import envs
 
@@ -86,6 +86,15 @@ def _captures_decode_graphs() -> bool:
 def host_reads_are_free(device: torch.device) -> bool:
     """Whether the host may read a tensor without waiting for a stream of kernels."""
     return device.type == "cpu"
+
+
+def keeps_states_by_slot(device: torch.device | str, target_worker, hierarchical_cache: bool) -> bool:
+    """Whether every KV slot keeps the backbone's hidden state, from which the MTP layers' KV can be computed later.
+
+    On CUDA each rank would hold all of it, more than its share of the KV. A hierarchical cache moves KV between slots
+    without a word. Layers that see all positions would have to be computed for all.
+    """
+    return host_reads_are_free(torch.device(device)) and target_worker.is_hybrid_swa and not hierarchical_cache
 
 
 def eager_rows(device: torch.device | str) -> int:

@@ -30,14 +30,13 @@ from torch import Tensor
 from sglang_step35.speculative.device import (
     attach_draft_attention,
     capture_graphs,
-    host_reads_are_free,
     plan_draft_attention,
     writes_kv_alone,
 )
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.spans import MTP, spanned
-from sglang_step35.speculative.window import RoundWindow, WindowReader
+from sglang_step35.speculative.window import CatchUp, RoundWindow, WindowReader
 
 if TYPE_CHECKING:
     from sglang_step35.speculative.graphs import CapturedPass
@@ -155,7 +154,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
 
     @spanned(MTP)
     @torch.inference_mode()
-    def run(self, batch, window: RoundWindow, depth: int, sampler) -> None:
+    def run(self, batch, window: RoundWindow | CatchUp, depth: int, sampler) -> None:
         """Take in what was verified and run the MTP layers over the window: write their KV, and choose drafts of the
         first `depth` of them, fewer when the sampler is done before.
 
@@ -174,15 +173,10 @@ class MTPDraftWorker(EagleDraftWorkerBase):
                 else:
                     layers.write_kv(layer)
 
-    def _pass(self, batch, window: RoundWindow):
+    def _pass(self, batch, window: RoundWindow | CatchUp):
         if self.graphs is not None and self.graphs.serves(batch.forward_mode, window):
             return self._captured_pass(window)
-        window.reader.remember(window.verified)
-        rows, hidden = window.rows()
-        if host_reads_are_free(hidden.device):
-            rows, kept = rows.committed()
-            hidden = hidden[kept]
-        return self._eager_pass(batch, rows, hidden)
+        return self._eager_pass(batch, *window.rows())
 
     @contextmanager
     def _eager_pass(self, batch, rows: MTPPassInput, hidden: Tensor) -> Iterator[EagerPass]:

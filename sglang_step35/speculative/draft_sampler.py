@@ -5,7 +5,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.speculative.acceptance import NO_DRAFT, inverse_cdf
-from sglang_step35.speculative.adaptive import StopRule
+from sglang_step35.speculative.confidence import StopRule
 from sglang_step35.speculative.grammar import DraftGrammars
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule

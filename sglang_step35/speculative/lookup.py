@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sglang_step35.speculative.adaptive import Calibration
+from sglang_step35.speculative.confidence import Calibration
 
 NGRAM = 5  # tokens that must have occurred before
 OCCURRENCES = 8  # latest ones that are compared

@@ -1,13 +1,54 @@
 """The MTP pass that follows a prefill chunk."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sglang_step35.speculative.host_copy import to_device
+from sglang_step35.speculative.lag import Lag
+from sglang_step35.speculative.lookup import LookUps
 from sglang_step35.speculative.pass_input import MTPPassInput, extend_rows
-from sglang_step35.speculative.state import RequestStore
+from sglang_step35.speculative.rings import RequestRings
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A prefill batch on the host: positions [prefixes[b], ends[b]) of the tokens ids[b]; final: the prompt ends there.
+
+    decoding: whether the request decodes beside prefills (`--enable-mixed-chunk`).
+    """
+
+    pool_idx: list[int]
+    rids: list[str]
+    prefixes: list[int]
+    ends: list[int]
+    ids: list
+    final: list[bool]
+    decoding: list[bool]
+
+    @classmethod
+    def of(cls, batch) -> "Chunks":
+        """Of SGLang's batch."""
+        prefixes = list(batch.prefix_lens)
+        ends = [p + n for p, n in zip(prefixes, batch.extend_lens, strict=True)]
+        ids = [req.full_untruncated_fill_ids for req in batch.reqs]
+        decoding = {id(req) for req in batch.decoding_reqs or ()}
+        return cls(
+            pool_idx=[req.kv.req_pool_idx for req in batch.reqs],
+            rids=[req.rid for req in batch.reqs],
+            prefixes=prefixes,
+            ends=ends,
+            ids=ids,
+            final=[end >= len(tokens) for end, tokens in zip(ends, ids, strict=True)],
+            decoding=[id(req) in decoding for req in batch.reqs],
+        )
+
+    def begin_texts(self, texts: LookUps, next_token_ids: list[int]) -> None:
+        """From here on tokens are looked up in these requests' prompts and output."""
+        for b, final in enumerate(self.final):
+            if final:
+                texts.begin(self.pool_idx[b], self.rids[b], [*self.ids[b], next_token_ids[b]])
 
 
 class PrefillPass:
@@ -19,42 +60,33 @@ class PrefillPass:
     Letters: B requests, R rows, S MTP layers, C ring capacity, H hidden size.
     """
 
-    def __init__(self, batch, store: RequestStore, req_to_token_pool):
-        """Reads the store; `remember` writes it, once the pass's inputs are taken."""
-        self.store = store
-        self.rings = rings = store.rings
-        self.num_layers = num_layers = store.lag.num_layers
-        self.req_to_token = req_to_token_pool.req_to_token
+    def __init__(self, batch, chunks: Chunks, rings: RequestRings, lag: Lag, req_to_token: Tensor):
+        """Reads the rings; `remember` writes them, once the pass's inputs are taken."""
+        self.rings = rings
+        self.num_layers = lag.num_layers
+        self.req_to_token = req_to_token
         self.pool_indices = batch.req_pool_indices
-        self.pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
-        self.rids = [req.rid for req in batch.reqs]
-        self.prefixes = list(batch.prefix_lens)
-        self.ends = [p + n for p, n in zip(self.prefixes, batch.extend_lens, strict=True)]
-        self.ids = [req.full_untruncated_fill_ids for req in batch.reqs]
-        self.final = [end >= len(ids) for end, ids in zip(self.ends, self.ids, strict=True)]
-        decoding = {id(req) for req in batch.decoding_reqs or ()}
-        known = [
-            rings.known_before(index, req.rid, prefix, id(req) in decoding)
-            for index, req, prefix in zip(self.pool_idx, batch.reqs, self.prefixes, strict=True)
-        ]
+        self.chunks = chunks
+        requests = list(zip(chunks.pool_idx, chunks.rids, chunks.prefixes, chunks.decoding, strict=True))
+        known = [rings.known_before(*request) for request in requests]
         self.front = [
-            min(num_layers - 1 + store.lag.of(index), count) for index, count in zip(self.pool_idx, known, strict=True)
+            min(self.num_layers - 1 + lag.of(index), count) for index, count in zip(chunks.pool_idx, known, strict=True)
         ]
-        self.starts = [p - f for p, f in zip(self.prefixes, self.front, strict=True)]
+        self.starts = [p - f for p, f in zip(chunks.prefixes, self.front, strict=True)]
         self.firsts = [
             rings.first_after_prefill(index, prefix, count)
-            for index, prefix, count in zip(self.pool_idx, self.prefixes, known, strict=True)
+            for (index, _, prefix, _), count in zip(requests, known, strict=True)
         ]
 
     def rows(self, next_token_ids: Tensor) -> MTPPassInput:
         """next_token_ids: [B], the sampled tokens; used where the prompt ends here."""
         lines = [
             list(ids[start + 1 : end + self.num_layers])
-            for ids, start, end in zip(self.ids, self.starts, self.ends, strict=True)
+            for ids, start, end in zip(self.chunks.ids, self.starts, self.chunks.ends, strict=True)
         ]
         rows = extend_rows(
             starts=self.starts,
-            ends=self.ends,
+            ends=self.chunks.ends,
             lines=lines,
             num_layers=self.num_layers,
             req_to_token=self.req_to_token,
@@ -62,7 +94,7 @@ class PrefillPass:
         )
         # Inside a prompt the true tokens are known: what was sampled and drafted goes to spare entries at the end.
         line = torch.cat([rows.line, rows.line.new_zeros(1 + self.num_layers)])
-        (final,) = to_device(self.final, device=line.device)
+        (final,) = to_device(self.chunks.final, device=line.device)
         draft_at = torch.where(final.bool(), rows.draft_at, 1 + len(rows.line))
         line[draft_at - 1] = next_token_ids.long()
         return replace(rows, line=line, draft_at=draft_at)
@@ -72,26 +104,22 @@ class PrefillPass:
         if not any(self.front):
             return new
         pieces, offset = [], 0
-        for index, start, prefix, end in zip(self.pool_idx, self.starts, self.prefixes, self.ends, strict=True):
+        chunks = self.chunks
+        for index, start, prefix, end in zip(chunks.pool_idx, self.starts, chunks.prefixes, chunks.ends, strict=True):
             positions = torch.arange(start, prefix, device=new.device) % self.rings.capacity
             pieces += [self.rings.hidden[index, positions], new[offset : offset + end - prefix]]
             offset += end - prefix
         return torch.cat(pieces)
 
-    def begin_texts(self, next_token_ids: list[int]) -> None:
-        """From here on tokens are looked up in these requests' prompts and output."""
-        for b, final in enumerate(self.final):
-            if final:
-                self.store.texts.begin(self.pool_idx[b], self.rids[b], [*self.ids[b], next_token_ids[b]])
-
     def remember(self, rows: MTPPassInput, hidden: Tensor) -> None:
-        """Note this prefill in the store, and put the last C positions of every request into the rings."""
-        self.store.begin_prefill(self.pool_idx, self.rids, self.firsts, self.ends)
+        """Note this prefill, and put the last C positions of every request into the rings."""
+        chunks = self.chunks
+        self.rings.begin(chunks.pool_idx, chunks.rids, self.firsts, chunks.ends)
         owners: list[int] = []
         picks: list[int] = []
         positions: list[int] = []
         offset = 0
-        for index, start, end in zip(self.pool_idx, self.starts, self.ends, strict=True):
+        for index, start, end in zip(chunks.pool_idx, self.starts, chunks.ends, strict=True):
             first = max(start, end - self.rings.capacity)
             positions.extend(range(first, end))
             picks.extend(range(offset + first - start, offset + end - start))

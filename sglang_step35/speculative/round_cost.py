@@ -90,6 +90,10 @@ class RoundCost:
         """Of what a plain decode step leaves for a pass of all MTP layers every so many rounds."""
         return self._layers(batch * rounds) / rounds
 
+    def catch_up(self, rows: int) -> float:
+        """Of one pass of all MTP layers over so many rows."""
+        return self._layers(rows)
+
     def _verify(self, rows: int) -> float:
         chosen = self.routed.number * self.share * rows * self.pace.product
         experts = self.routed.bytes * self.touched(rows) + chosen

@@ -18,18 +18,19 @@ class MTPSettings:
 
     adaptive: let measured acceptance and cost choose 0 .. num_steps drafts per round
     (`--speculative-adaptive`). look_ups: drafts looked up in the request's own text after a whole chain of num_steps,
-    the room that `--speculative-num-draft-tokens` leaves.
+    the room that `--speculative-num-draft-tokens` leaves. by_slot: `device.keeps_states_by_slot`.
     """
 
     num_steps: int
     adaptive: bool = False
     look_ups: int = 0
+    by_slot: bool = False
 
     @classmethod
-    def from_spec(cls, spec) -> "MTPSettings":
+    def from_spec(cls, spec, by_slot: bool = False) -> "MTPSettings":
         """From SGLang's resolved speculative arguments."""
         steps = spec.speculative_num_steps
-        return cls(steps, spec.speculative_adaptive, spec.speculative_num_draft_tokens - steps - 1)
+        return cls(steps, spec.speculative_adaptive, spec.speculative_num_draft_tokens - steps - 1, by_slot)
 
     @property
     def num_draft_tokens(self) -> int:
@@ -54,7 +55,7 @@ class MTPSettings:
         The last layer reads tokens S positions past a pass's rows, and no two of these may share an
         entry. Where rounds may skip layers, what they lag comes on top.
         """
-        needed = self.pass_rows + self.num_steps + (_MAX_LAG if self.adaptive else 0)
+        needed = self.pass_rows + self.num_steps + (_MAX_LAG if self._lags else 0)
         return 1 << (needed - 1).bit_length()
 
     def retained(self, earlier_keys: int) -> int:
@@ -62,7 +63,12 @@ class MTPSettings:
 
         A pass begins S - 1 positions before it, and where rounds may skip layers, as far back as the rings reach.
         """
-        return earlier_keys + (self.ring_capacity if self.adaptive else self.num_steps)
+        return earlier_keys + (self.ring_capacity if self._lags else self.num_steps)
+
+    @property
+    def _lags(self) -> bool:
+        """Whether rounds may leave the MTP layers out as far as the rings reach."""
+        return self.adaptive and not self.by_slot
 
 
 def check_settings(

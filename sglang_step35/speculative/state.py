@@ -1,13 +1,9 @@
 """What the worker remembers of each request between rounds, in one store keyed by request-pool index.
 
-Layer i's KV at position t depends on the tokens up to t + 1 + i, so the KV it wrote for a
-request's last i positions came from drafts and must be recomputed once the true tokens are known.
-For that the worker keeps the backbone's hidden states and the tokens of every request's last
-positions. The key is SGLang's request-pool index: no call-back tells a worker that a request moved
-between batches, was retracted or has finished, and the index needs none.
+No call-back tells a worker that a request moved between batches, was retracted or has finished, and the index needs
+none.
 
-Letters: P pool size, C ring capacity, S MTP layers, H hidden size, V vocabulary, B requests of the
-batch, W positions. `pool_idx` are host ints, `pool_indices` a tensor [B].
+Letters: S MTP layers, V vocabulary, B requests of the batch. `pool_idx` are host ints.
 """
 
 from collections.abc import Sequence
@@ -17,47 +13,31 @@ import torch
 from torch import Tensor
 
 from sglang_step35.speculative.host_copy import to_device
-from sglang_step35.speculative.lag import Lag
 from sglang_step35.speculative.lookup import LookUps
 from sglang_step35.speculative.settings import MTPSettings
-
-NEVER = 1 << 62  # a position no request reaches
 
 
 @dataclass(frozen=True)
 class RequestStore:
-    """All state of requests between rounds."""
+    """What drafts and look-ups leave for later rounds; hidden states and tokens are the upkeep's."""
 
-    rings: "RequestRings"
-    lag: Lag
     drafts: "LastDrafts"
     probs: "DraftProbs"
     counts: "OutputCounts"
     texts: LookUps
 
     @classmethod
-    def allocate(
-        cls, settings: MTPSettings, pool_size: int, *, hidden_size: int, vocab_size: int, eager_rows: int, dtype, device
-    ) -> "RequestStore":
-        """For every index of a request pool; eager_rows: `device.eager_rows`; dtype: of the hidden states."""
-        capacity, steps = settings.ring_capacity, settings.num_steps
+    def allocate(cls, settings: MTPSettings, pool_size: int, *, vocab_size: int, device) -> "RequestStore":
+        """For every index of a request pool."""
         return cls(
-            rings=RequestRings(pool_size, capacity, hidden_size, dtype, device),
-            lag=Lag(pool_size, steps, capacity, eager_rows),
             drafts=LastDrafts(pool_size),
             probs=DraftProbs(vocab_size, device),
             counts=OutputCounts(vocab_size, device),
             texts=LookUps(settings.num_draft_tokens - 1),
         )
 
-    def begin_prefill(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
-        """A prefill runs every layer up to ends[b]; firsts[b]: the first position with a known hidden state."""
-        self.rings.begin(pool_idx, rids, firsts, ends)
-        self.lag.clear(pool_idx)
-
     def begin_round(self, pool_idx: Sequence[int]) -> None:
         """A round verifies these requests, the only ones that decode."""
-        self.rings.leave_prefill(pool_idx)
         self.probs.keep(pool_idx)
         self.texts.keep(pool_idx)
 
@@ -65,73 +45,6 @@ class RequestStore:
         """A pass drafted `count` tokens for each request, with this DraftSampler."""
         self.drafts.note(pool_idx, count, sampler.confidences)
         self.probs.put(pool_idx, sampler.probs)
-
-
-class RequestRings:
-    """Rings of hidden states and tokens: position p of a request is entry p % C."""
-
-    def __init__(self, pool_size: int, capacity: int, hidden_size: int, dtype, device):
-        self.capacity = capacity
-        self.hidden = torch.zeros(pool_size, capacity, hidden_size, dtype=dtype, device=device)
-        self.tokens = torch.zeros(pool_size, capacity, dtype=torch.int64, device=device)
-        # First position of which the ring (or its overwritten past) knew the hidden state.
-        self.first_known = torch.zeros(pool_size, dtype=torch.int64, device=device)
-        self.first_known[:1] = NEVER  # index 0 belongs to nobody: SGLang pads captured batches with it
-        # Host side: the request, its committed length and first_known at its last prefill; no length once it decodes.
-        self._prefills: dict[int, tuple[str, int | None, int]] = {}
-
-    def known_before(self, pool_idx: int, rid: str, prefix_len: int, decoding: bool = False) -> int:
-        """Known hidden states before a prefill from prefix_len.
-
-        0 unless the prefill goes on where the request's last chunk ended, or the request is being
-        decoded and shares a batch with prefills (`--enable-mixed-chunk`).
-        """
-        owner, end, first = self._prefills.get(pool_idx, (None, 0, 0))
-        continues = owner == rid and (decoding or end == prefix_len)
-        return min(prefix_len - first, self.capacity) if continues else 0
-
-    def begin(self, pool_idx: Sequence[int], rids: Sequence[str], firsts, ends) -> None:
-        """Note a prefill up to ends[b]; firsts[b]: the first position with a known hidden state."""
-        for index, rid, first, end in zip(pool_idx, rids, firsts, ends, strict=True):
-            self._prefills[index] = (rid, end, first)
-        index, first_known = to_device(pool_idx, firsts, device=self.first_known.device)
-        self.first_known[index] = first_known
-
-    def leave_prefill(self, pool_idx: Sequence[int]) -> None:
-        """These requests decode from here on, and later positions take the entries of the ones before a prefill's end.
-
-        Should one be retracted and come back to this index, its prefix from the cache may end just there again.
-        """
-        for index in pool_idx:
-            if index in self._prefills:
-                rid, _, first = self._prefills[index]
-                self._prefills[index] = (rid, None, first)
-
-    def first_after_prefill(self, pool_idx: int, prefix_len: int, known: int) -> int:
-        """First position with a known hidden state after a prefill with `known` of them before it."""
-        return self._prefills[pool_idx][2] if known else prefix_len
-
-    def put(self, pool_indices: Tensor, positions: Tensor, hidden: Tensor) -> None:
-        """Store hidden states [N, H] of positions [N] of pool indices [N]."""
-        self.hidden[pool_indices, positions % self.capacity] = hidden
-
-    def put_tokens(self, pool_indices: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        """Store tokens [N] of positions [N] of pool indices [N]."""
-        self.tokens[pool_indices, positions % self.capacity] = tokens
-
-    def window(self, pool_indices: Tensor, start: Tensor, width: int) -> Tensor:
-        """Hidden states of positions [start[b], start[b] + width): [B, width, H]."""
-        return self.hidden[pool_indices[:, None], self._entries(start, width)]
-
-    def token_window(self, pool_indices: Tensor, start: Tensor, width: int) -> Tensor:
-        """Tokens of positions [start[b], start[b] + width): [B, width] int64."""
-        return self.tokens[pool_indices[:, None], self._entries(start, width)]
-
-    def _entries(self, start: Tensor, width: int) -> Tensor:
-        if width > self.capacity:
-            raise ValueError(f"{width} positions do not fit a ring of {self.capacity}: one would stand for two")
-        offsets = torch.arange(width, device=start.device)
-        return (start[:, None] + offsets) % self.capacity
 
 
 class LastDrafts:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.device import host_reads_are_free
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
-from sglang_step35.speculative.state import RequestRings
+from sglang_step35.speculative.rings import RequestRings
+from sglang_step35.speculative.slot_states import SlotStates
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Verified:
 class WindowReader:
     """The state a pass is computed from. req_to_token: SGLang's table of slots by pool index and position."""
 
-    rings: RequestRings
+    rings: RequestRings | SlotStates
     req_to_token: Tensor
     num_layers: int
 
@@ -86,5 +88,23 @@ class RoundWindow:
         return None if lens is None else lens.long() + self.width
 
     def rows(self) -> tuple[MTPPassInput, Tensor]:
-        """`WindowReader.rows`, behind `remember`."""
-        return self.reader.rows(self.verified, self.width, self.num_rows)
+        """Remember what was verified; the rows and hidden states [R, H] of an eager pass."""
+        self.reader.remember(self.verified)
+        rows, hidden = self.reader.rows(self.verified, self.width, self.num_rows)
+        if not host_reads_are_free(hidden.device):
+            return rows, hidden
+        rows, kept = rows.committed()
+        return rows, hidden[kept]
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """A pass over rows whose MTP KV was left out: these, and the hidden states [R, H] they begin with."""
+
+    reader: WindowReader
+    pass_input: MTPPassInput
+    hidden: Tensor
+
+    def rows(self) -> tuple[MTPPassInput, Tensor]:
+        """As of a `RoundWindow`."""
+        return self.pass_input, self.hidden

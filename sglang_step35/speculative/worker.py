@@ -19,15 +19,14 @@ from torch import Tensor
 
 from sglang_step35.hicache.layer_pools import check_plan, layer_pools
 from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
+from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import (
     capture_narrow_steps,
-    eager_rows,
     host_reads_are_free,
-    pass_rows,
+    keeps_states_by_slot,
     round_clock,
     verify_width,
-    window_width,
 )
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
@@ -35,17 +34,18 @@ from sglang_step35.speculative.grammar import cut_forbidden, drafting_what_is_al
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters
 from sglang_step35.speculative.penalties import count_accepted, count_first_tokens
-from sglang_step35.speculative.prefill import PrefillPass
-from sglang_step35.speculative.prefix_key import set_lag
+from sglang_step35.speculative.prefill import Chunks
 from sglang_step35.speculative.ranks import Ranks
+from sglang_step35.speculative.ring_upkeep import RingUpkeep
 from sglang_step35.speculative.round_cost import RoundCost
 from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
+from sglang_step35.speculative.slot_upkeep import SlotUpkeep
 from sglang_step35.speculative.spans import PREFILL, ROUND, of_width, spanned
 from sglang_step35.speculative.state import RequestStore
 from sglang_step35.speculative.verify import TargetVerifier
 from sglang_step35.speculative.verify_graphs import NarrowSteps
 from sglang_step35.speculative.watchdog import CAUSES, Watchdog
-from sglang_step35.speculative.window import RoundWindow, Verified, WindowReader
+from sglang_step35.speculative.window import CatchUp, Verified
 
 
 class Step35SpecWorker(BaseSpecWorker):
@@ -58,7 +58,9 @@ class Step35SpecWorker(BaseSpecWorker):
         super().__init__()
         spec = get_spec()
         self._target_worker = target_worker
-        self.settings = MTPSettings.from_spec(spec)
+        hierarchical = server_args.enable_hierarchical_cache
+        by_slot = keeps_states_by_slot(target_worker.model_runner.device, target_worker, hierarchical)
+        self.settings = MTPSettings.from_spec(spec, by_slot)
         check_settings(
             num_steps=spec.speculative_num_steps,
             topk=spec.speculative_eagle_topk,
@@ -101,20 +103,18 @@ class Step35SpecWorker(BaseSpecWorker):
         self.store = RequestStore.allocate(
             self.settings,
             req_to_token_pool.req_to_token.shape[0],
-            hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
-            eager_rows=eager_rows(runner.device),
-            dtype=runner.dtype,
             device=runner.device,
         )
-        set_lag(req_to_token_pool, self.store.lag.of)
+        states = dict(hidden_size=config.hidden_size, dtype=runner.dtype)
+        if self.settings.by_slot:
+            slots = req_to_token_pool, token_to_kv_pool_allocator
+            self.upkeep = SlotUpkeep(self.settings, *slots, earlier_keys=runner.sliding_window_size, **states)
+        else:
+            self.upkeep = RingUpkeep(self.settings, req_to_token_pool, device=runner.device, **states)
         self.depths = DepthPlanner(self.settings, self._foretold, round_clock(runner.device), self.ranks)
         self.verifier = TargetVerifier(self._target_worker, req_to_token_pool, self.store.counts, self.ranks)
-        self._draft_worker.reader = self._reader
-
-    @property
-    def _reader(self) -> WindowReader:
-        return WindowReader(self.store.rings, self.req_to_token_pool.req_to_token, self.settings.num_steps)
+        self._draft_worker.reader = self.upkeep.reader
 
     def init_cuda_graphs(self) -> None:
         super().init_cuda_graphs()
@@ -126,8 +126,8 @@ class Step35SpecWorker(BaseSpecWorker):
         models = self._target_worker.model_runner.model, self._draft_worker.draft_runner.model
         return RoundCost.of(*models, self.settings.num_steps)
 
-    def _foretold(self, batch: int) -> tuple[list[float], float]:
-        return self._round_cost.by_depth(batch), self._round_cost.upkeep(batch, self.store.lag.wait(batch))
+    def _foretold(self, batch: int) -> Foretold:
+        return self.upkeep.foretold(self._round_cost, batch)
 
     def _build_hicache_draft_plan(self) -> HiCacheDraftPlan:
         """Every MTP layer's KV is written back and loaded with the backbone's."""
@@ -154,27 +154,31 @@ class Step35SpecWorker(BaseSpecWorker):
         if on_publish is not None:
             on_publish(result.new_seq_lens)
         count_first_tokens(self.store.counts, batch.reqs, result.next_token_ids)
-        steps = self.settings.num_steps
-        prefill = PrefillPass(batch, self.store, self.req_to_token_pool)
-        rows = prefill.rows(result.next_token_ids)
-        hidden = prefill.hidden(result.logits_output.hidden_states)
-        prefill.remember(rows, hidden)
-        sampler = self._sampler(batch, batch.seq_lens)
-        # The scheduler drops what a chunk inside a prompt samples and drafts.
-        (final,) = to_device(prefill.final, device=hidden.device)
-        with drafting_what_is_allowed(batch, sampler, result.next_token_ids[:, None], final):
-            self._draft_worker.extend(batch, rows, hidden, steps, sampler if any(prefill.final) else None)
-        self.store.note_drafts(prefill.pool_idx, len(sampler.drafts), sampler)
+        chunks, sampler = Chunks.of(batch), self._sampler(batch, batch.seq_lens)
+        tokens, hidden = result.next_token_ids, result.logits_output.hidden_states
+        with self.upkeep.prefill(batch, chunks, tokens, hidden, drafts=not self.depths.rests) as found:
+            if found is not None:
+                self._extend(batch, chunks, tokens, found, sampler)
+        self.store.note_drafts(chunks.pool_idx, len(sampler.drafts), sampler)
         if self.settings.look_ups:
-            prefill.begin_texts(result.next_token_ids.tolist())
+            chunks.begin_texts(self.store.texts, tokens.tolist())
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
         return result
+
+    def _extend(self, batch, chunks: Chunks, tokens: Tensor, found: CatchUp, sampler: DraftSampler) -> None:
+        """The MTP pass behind a prefill that sampled tokens [B]."""
+        # The scheduler drops what a chunk inside a prompt samples and drafts.
+        (final,) = to_device(chunks.final, device=tokens.device)
+        with drafting_what_is_allowed(batch, sampler, tokens[:, None], final):
+            picks = sampler if any(chunks.final) else None
+            self._draft_worker.extend(batch, *found.rows(), self.settings.num_steps, picks)
 
     @spanned(ROUND)
     def _round(self, batch, on_publish, grammar_barrier):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
+        self.upkeep.begin_round(pool_idx)
         drafted, offered, drafts = self._offer(batch, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
@@ -245,21 +249,14 @@ class Step35SpecWorker(BaseSpecWorker):
 
     def _draft(self, batch, pool_idx: list[int], verified: Verified, positions: Tensor) -> DraftSampler:
         """Bring the MTP layers up to the committed length, positions [B], and draft the next chain."""
-        width, device, lag = verified.tokens.shape[1], positions.device, self.store.lag
         depth = self.depths.next_depth(len(pool_idx))
-        if self.settings.adaptive:  # layers may lag
+        if self.settings.adaptive:  # layers may be left out
             depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
         sampler = self._sampler(batch, positions, may_stop=depth > 1)
-        if depth or lag.is_due(pool_idx, width, self.settings.num_draft_tokens):
-            window = window_width(width, self.settings.num_draft_tokens, device)
-            num_rows = pass_rows(lag.rows_needed(pool_idx, window), self.settings.pass_rows, device)
-            rows = RoundWindow(self._reader, verified, window, num_rows)
-            with drafting_what_is_allowed(batch, sampler, verified.tokens, verified.accept_lens):
-                self._draft_worker.run(batch, rows, depth, sampler)
-            lag.clear(pool_idx)
-        else:
-            self._reader.remember(verified)
-            lag.note(pool_idx, width)
+        with self.upkeep.round(batch, pool_idx, verified, depth) as window:
+            if window is not None:
+                with drafting_what_is_allowed(batch, sampler, verified.tokens, verified.accept_lens):
+                    self._draft_worker.run(batch, window, depth, sampler)
         self.store.note_drafts(pool_idx, len(sampler.drafts), sampler)
         return sampler
 

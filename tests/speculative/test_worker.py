@@ -32,6 +32,15 @@ class RandomDepths(Witness):
         return self.chance.random() < 0.2
 
 
+class RestingDepths(RandomDepths):
+    """Long times without drafts and with them, prefills among them."""
+
+    def next_depth(self, batch_size):
+        if self.chance.random() < 0.1:
+            self.rests = not self.rests
+        return 0 if self.rests else self.chance.choice([0, *range(self.settings.num_steps + 1)])
+
+
 def random_prompt(chance, length):
     return [chance.randrange(VOCAB) for _ in range(length)]
 
@@ -100,6 +109,33 @@ def test_rounds_of_any_depth_equal_a_full_recompute(monkeypatch, steps, full_wid
     host = Host(worker, seed=10 + steps)
     play(host, 160)
     assert set(host.accepted) == set(range(steps + 1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("sliding", [400, 2000])
+@pytest.mark.parametrize("seed", range(3))
+def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, sliding, seed):
+    """Where slots are short as well: then nothing is drafted."""
+    worker = make_worker(monkeypatch, steps, adaptive=True, sliding=sliding)
+    worker.depths = RestingDepths(worker.settings, seed=steps)
+    host = Host(worker, seed=20 + seed)
+    play(host, 250)
+    assert set(host.accepted) == set(range(steps + 1))
+
+
+@pytest.mark.parametrize("hit", range(8, 36))
+def test_rows_that_a_catch_up_only_passes_through_are_not_taken_for_exact(monkeypatch, hit):
+    """A prefix without KV, one request that catches up at its end, and another that hits some of it."""
+    worker = make_worker(monkeypatch, 3, adaptive=True, sliding=2000)
+    host, worker.depths.rests = Host(worker), True
+    former = host.admit(random_prompt(host.chance, 40))
+    host.prefill({former: 40})
+    host.release(former, keep=True)
+    ((_, slots),), worker.depths.rests = host.cached, False
+    for shared in (36, hit):
+        made = host.admit([*former.tokens[: shared + 3], 0], shared, slots)
+        host.prefill({made: 4})
+        assert len(made.drafts) == 3
 
 
 @pytest.mark.parametrize("captured", [(), (2,), (1, 2, 3)])

@@ -7,7 +7,7 @@ import torch
 
 from sglang_step35.planner.kv import KVLayout
 from sglang_step35.speculative.settings import MTPSettings
-from sglang_step35.speculative.state import RequestRings
+from sglang_step35.speculative.rings import RequestRings
 from tests.support.toy_mtp import EARLIER_KEYS
 from tests.support.worker_host import Host, Witness, make_worker
 
@@ -60,7 +60,8 @@ class Laggiest(Witness):
 def test_reads_stay_within_the_rings_and_the_retained_positions(monkeypatch, steps, adaptive, full_width):
     """The toy layers refuse keys before the retained positions, `WitnessRings` any entry another position holds."""
     worker = make_worker(monkeypatch, steps, adaptive, full_width)
-    worker.store = replace(worker.store, rings=WitnessRings(worker.store.rings))
+    rings = worker.upkeep.rings = WitnessRings(worker.upkeep.rings)
+    worker.upkeep.reader = replace(worker.upkeep.reader, rings=rings)
     if adaptive:
         worker.depths = Laggiest(worker.settings)
     host = Host(worker)
@@ -71,7 +72,7 @@ def test_reads_stay_within_the_rings_and_the_retained_positions(monkeypatch, ste
     while max(len(r.tokens) for r in live) < 150:
         host.round(live)
         drafted += worker.store.drafts.counts([live[0].pool_idx])
-    rings, settings = worker.store.rings, worker.settings
+    settings = worker.settings
     assert set(drafted) == {0 if adaptive else steps}
     assert rings.deepest + steps <= settings.ring_capacity
     if adaptive:

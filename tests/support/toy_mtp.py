@@ -103,6 +103,7 @@ class ToyMTP:
         self.req_to_token = req_to_token
         self.pools: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self.floors: dict[int, int] = {}  # per pool index, positions before it are evicted
+        self.allocator = None  # SGLang's, where KV lies in sliding slots behind the full ones
         self.owners: list[int] = []
         self.rows = [0] * num_layers  # whose outputs each layer computed
         self.predicted = 0  # rows of logits
@@ -121,15 +122,20 @@ class ToyMTP:
         out = []
         for owner, slot, pair, token, position in zip(self.owners, slots, inputs, tokens, positions, strict=True):
             first = max(0, position - EARLIER_KEYS)
-            if slot:
+            if slot and self.allocator is None:
                 assert first >= self.floors.get(owner, 0), f"position {first} was evicted"
-            seen = self.req_to_token[owner, first : position + 1].tolist()
+            seen = self._own(self.req_to_token[owner, first : position + 1])
             out.append(layer_row(layer, pair, token, [pool.get(at, 0) for at in seen]))
         return torch.tensor(out, dtype=torch.int64).view(-1, 2)
 
     def write_kv(self, layer: int, tokens: Tensor, positions: Tensor, hidden: Tensor, batch) -> None:
-        for slot, pair, token in zip(batch.out_cache_loc.tolist(), hidden.tolist(), tokens.tolist(), strict=True):
+        slots = self._own(batch.out_cache_loc)
+        for slot, pair, token in zip(slots, hidden.tolist(), tokens.tolist(), strict=True):
             self.pools[layer][slot] = layer_kv(layer, tuple(pair), token)
+
+    def _own(self, slots: Tensor) -> list[int]:
+        """The layers' own slots behind full ones."""
+        return (slots if self.allocator is None else self.allocator.full_to_swa_index_mapping[slots]).tolist()
 
     def compute_logits(self, layer: int, rows: Tensor) -> Tensor:
         """[B, V]."""

@@ -13,11 +13,13 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative import eagle_info
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
-from sglang_step35.speculative import device, draft, verify, worker
+from sglang_step35.speculative import device, draft, ring_upkeep, verify, worker
 from sglang_step35.speculative.acceptance import NO_DRAFT
+from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.verify_graphs import NarrowStep
 from tests.support.plain_lookup import continuation
+from tests.support.sliding_slots import SlidingSlots
 from tests.support.toy_mtp import EARLIER_KEYS, VOCAB, ToyMTP, ToyTarget, target_logits
 from tests.support.toy_requests import ToyRequest, sampling_info, sure
 
@@ -31,7 +33,7 @@ class Witness(DepthPlanner):
     """
 
     def __init__(self, settings):
-        super().__init__(settings, lambda batch: ([1.0] * (settings.num_steps + 1), 0.0))
+        super().__init__(settings, lambda batch: Foretold([1.0] * (settings.num_steps + 1)))
         self.needed = []
 
     def begin_round(self, rids, drafted, offered, confidences):
@@ -119,9 +121,18 @@ def prepare_for_verify(spec_info, pool, batch, target_worker):
 
 
 def make_worker(
-    monkeypatch, steps: int, adaptive: bool = False, full_width: bool = False, look_ups: int = 0, captured=()
+    monkeypatch,
+    steps: int,
+    adaptive: bool = False,
+    full_width: bool = False,
+    look_ups: int = 0,
+    captured=(),
+    sliding: int = 0,
 ):
-    """A worker over toy models, its memory allocated; full_width: as on CUDA; captured: the narrower widths there."""
+    """A worker over toy models, its memory allocated; full_width: as on CUDA; captured: the narrower widths there.
+
+    sliding: slots of the sliding pool, which lets the worker keep hidden states by slot; 0: it has its rings.
+    """
     spec = SimpleNamespace(
         speculative_num_steps=steps,
         speculative_adaptive=adaptive,
@@ -142,12 +153,14 @@ def make_worker(
     if full_width:
         monkeypatch.setattr(draft, "writes_kv_alone", lambda runner: False)
         monkeypatch.setattr(worker, "verify_width", lambda needed, narrow, device: narrow.width(needed))
-        monkeypatch.setattr(worker, "window_width", lambda verified, widest, device: widest)
-        monkeypatch.setattr(worker, "pass_rows", lambda needed, captured, device: max(needed, captured))
+        monkeypatch.setattr(ring_upkeep, "window_width", lambda verified, widest, device: widest)
+        monkeypatch.setattr(ring_upkeep, "pass_rows", lambda needed, captured, device: max(needed, captured))
     pool = Pool()
-    args = SimpleNamespace(enable_metrics=False, served_model_name="toy")
+    args = SimpleNamespace(enable_metrics=False, served_model_name="toy", enable_hierarchical_cache=not sliding)
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(pool, 3))
-    made.alloc_memory_pool(req_to_token_pool=pool)
+    allocator = SlidingSlots(SLOTS, sliding) if sliding else None
+    made.alloc_memory_pool(req_to_token_pool=pool, token_to_kv_pool_allocator=allocator)
+    made._draft_worker.model.allocator = allocator
     made.depths = Witness(made.settings)
     for width in captured:
         made.narrow.steps[width] = NarrowStep(f"attention {width}", f"graphs {width}", 0.0)
@@ -162,6 +175,7 @@ class Host:
         self.steps = worker.settings.num_steps
         self.chance = random.Random(seed)
         self.table = worker.req_to_token_pool.req_to_token
+        self.sliding = worker._draft_worker.model.allocator
         self.slots = list(range(1, SLOTS))
         self.chance.shuffle(self.slots)
         self.indices = list(range(POOL))
@@ -191,13 +205,27 @@ class Host:
     def release(self, request: ToyRequest, keep: bool = False) -> None:
         """A request leaves, at any time and without a word to the worker; keep: its KV may be shared."""
         row = self.table[request.pool_idx].tolist()
-        final = max(0, request.filled - self.worker.store.lag.of(request.pool_idx))
+        final = max(0, request.filled - self._lag(request))
         if keep and request.prefilled and len(self.cached) < 8:
             self.cached.append((request.tokens[:final], row[:final]))
-        else:
-            used = {slot for _, slots in self.cached for slot in slots}
-            self.slots[:0] = [slot for slot in row if slot not in used]  # the next request gets them
+        used = {slot for _, slots in self.cached for slot in slots}
+        if self.sliding:
+            self.sliding.cached = used
+            self.sliding.unmap(self.table[request.pool_idx])
+        self.slots[:0] = [slot for slot in row if slot not in used]  # the next request gets them
         self.indices.append(request.pool_idx)
+
+    def _lag(self, request: ToyRequest) -> int:
+        """Last positions whose KV must not be shared."""
+        return 0 if self.sliding else self.worker.upkeep.lag.of(request.pool_idx)
+
+    def _map(self, request: ToyRequest, count: int) -> None:
+        """Sliding slots for the next positions; those behind what the worker asked to keep go, as a rule."""
+        if self.sliding:
+            row = self.table[request.pool_idx]
+            if self.chance.random() < 0.3:
+                self.sliding.unmap(row[: max(0, request.filled - self.worker.draft_swa_window)])
+            self.sliding.map(row[request.filled : request.filled + count])
 
     def longest_hit(self, prompt: list[int]) -> tuple[int, list[int]]:
         """Positions of a prompt whose rows some cached request shares, all lookahead tokens included."""
@@ -206,8 +234,16 @@ class Host:
             shared = 0
             while shared < min(len(tokens), len(prompt)) and tokens[shared] == prompt[shared]:
                 shared += 1
-            best = max(best, (min(shared - self.steps, len(prompt) - 1), slots))
+            best = max(best, (self._reach(min(shared - self.steps, len(prompt) - 1), slots), slots))
         return best if best[0] > 0 else (0, [])
+
+    def _reach(self, hit: int, slots: list[int]) -> int:
+        """The longest hit up to this one that has all the sliding slots it needs."""
+        if not self.sliding:
+            return hit
+        retained, mapped = self.worker.draft_swa_window, self.sliding.full_to_swa_index_mapping
+        whole = (n for n in range(hit, 0, -1) if mapped[slots[max(0, n - retained) : n]].all())
+        return next(whole, 0)
 
     def retract(self, request: ToyRequest, index: int | None = None) -> None:
         """Out of the pool and in again, on another index or this one, everything to be prefilled anew."""
@@ -224,6 +260,8 @@ class Host:
         """The next `spans[request]` positions of each; `decoding` ones share the batch with their bonus token."""
         requests = [*spans, *decoding]
         lengths = [*spans.values(), *[1] * len(decoding)]
+        for request, count in zip(requests, lengths, strict=True):
+            self._map(request, count)
         batch = self._batch(requests, ForwardMode.EXTEND, [r.filled + n for r, n in zip(requests, lengths)])
         batch.prefix_lens, batch.extend_lens = [r.filled for r in requests], lengths
         batch.ends, batch.decoding_reqs = batch.seq_lens.tolist(), list(decoding) or None
@@ -239,6 +277,8 @@ class Host:
     @torch.inference_mode()
     def round(self, requests: list[ToyRequest]) -> None:
         """One round of verify and draft."""
+        for request in requests:
+            self._map(request, self.worker.settings.num_draft_tokens)
         batch = self._batch(requests, ForwardMode.DECODE, [r.filled for r in requests])
         if requests:
             index, bonus = (torch.stack(rows) for rows in zip(*[r.relay for r in requests]))
@@ -291,6 +331,7 @@ class Host:
             decoding_reqs=None,
             has_grammar=False,
             return_logprob=False,
+            tree_cache=self.sliding,
         )
 
     def _check_drafts(self, request: ToyRequest, draft_input: EagleDraftInput, b: int) -> None:

@@ -1,0 +1,220 @@
+"""The MTP layers' KV computed only where drafts need it, from what every KV slot keeps (`slot_states.py`). CPUs.
+
+Exact KV of the MTP layers costs the same whether drafts pay or not. While nothing is drafted, and inside prompts, it is
+left out; what is drafted from next computes it for the positions that count. A sliding layer reads `earlier_keys` back,
+and each layer the one before it, so that these are the last S windows at most. Shared prefixes may lack it, too.
+Letters: B requests, N verified tokens, S MTP layers, H hidden size, R rows.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from torch import Tensor
+
+from sglang_step35.speculative.adaptive import Foretold
+from sglang_step35.speculative.pass_input import MTPPassInput, extend_rows
+from sglang_step35.speculative.prefill import Chunks
+from sglang_step35.speculative.round_cost import RoundCost
+from sglang_step35.speculative.settings import MTPSettings
+from sglang_step35.speculative.slot_states import SlotStates
+from sglang_step35.speculative.window import CatchUp, RoundWindow, Verified, WindowReader
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, end) of one request's pass; from `exact` on they leave exact KV in every layer."""
+
+    start: int
+    exact: int
+    end: int
+
+
+class SlotUpkeep:
+    """Which positions have KV of the MTP layers that is exact and stays so, and the passes that give it to more.
+
+    exact: [sliding slots] bool, all but those computed from drafts or not at all.
+    """
+
+    def __init__(
+        self, settings: MTPSettings, req_to_token_pool, allocator, *, earlier_keys: int, hidden_size: int, dtype
+    ):
+        """allocator: SGLang's of full and sliding slots. earlier_keys: of the MTP layers. dtype: of hidden states."""
+        table, self.to_sliding = req_to_token_pool.req_to_token, allocator.full_to_swa_index_mapping
+        self.states = SlotStates(table, len(self.to_sliding), hidden_size, dtype, table.device)
+        self.reader = WindowReader(self.states, table, settings.num_steps)
+        self.allocator, self.num_layers, self.earlier_keys = allocator, settings.num_steps, earlier_keys
+        self.retained = settings.retained(earlier_keys)
+        self.exact = torch.zeros(allocator.size_swa + allocator.page_size, dtype=torch.bool, device=table.device)
+        self.owes = [False] * len(table)  # by pool index: whether rounds have more to compute than their own rows
+
+    def begin_round(self, pool_idx: Sequence[int]) -> None:
+        """Nothing to note."""
+
+    def foretold(self, cost: RoundCost, batch: int) -> Foretold:
+        """Of rounds of `batch` requests."""
+        return Foretold(cost.by_depth(batch), catch_up=cost.catch_up(batch * self.num_layers * self.earlier_keys))
+
+    @contextmanager
+    def prefill(
+        self, batch, chunks: Chunks, next_token_ids: Tensor, hidden: Tensor, drafts: bool
+    ) -> Iterator[CatchUp | None]:
+        """The pass behind a prefill; None where no prompt ends or nothing is to be drafted.
+
+        next_token_ids: [B] sampled. hidden: [sum of chunk lengths, H], the backbone's.
+        """
+        self._take_in(chunks, next_token_ids.tolist(), hidden)
+        if not drafts or not any(chunks.final):
+            yield None
+            return
+        with self._catching_up(batch, chunks.pool_idx, chunks.ends, chunks.final) as found:
+            yield found
+
+    @contextmanager
+    def round(
+        self, batch, pool_idx: list[int], verified: Verified, depth: int
+    ) -> Iterator[RoundWindow | CatchUp | None]:
+        """The pass behind a verify step; None where nothing is to be drafted, or slots are short for what is owed."""
+        if depth and not any(self.owes[index] for index in pool_idx):
+            self._note(verified, exact=True)
+            width = verified.tokens.shape[1]
+            yield RoundWindow(self.reader, verified, width, width + self.num_layers - 1)
+            return
+        self.reader.remember(verified)
+        self._note(verified, exact=False)
+        if not depth:
+            self._owe(pool_idx)
+            yield None
+            return
+        ends = (verified.seq_lens + verified.accept_lens).tolist()
+        with self._catching_up(batch, pool_idx, ends, [True] * len(ends)) as found:
+            yield found
+
+    def _take_in(self, chunks: Chunks, next_token_ids: list[int], hidden: Tensor) -> None:
+        """Keep the states of a prefill's rows, none of which has its KV yet."""
+        owners: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        for b, (index, prefix, end) in enumerate(zip(chunks.pool_idx, chunks.prefixes, chunks.ends, strict=True)):
+            owners += [index] * (end - prefix)
+            positions += range(prefix, end)
+            tokens += chunks.ids[b][prefix + 1 : end + 1]
+            tokens += [next_token_ids[b]] * chunks.final[b]
+        slots = self.states.slots(torch.tensor(owners), torch.tensor(positions))
+        self.states.hidden[slots] = hidden
+        self.states.tokens[slots] = torch.tensor(tokens)
+        self.exact[self.to_sliding[slots]] = False
+        self._owe(chunks.pool_idx)
+
+    def _note(self, verified: Verified, exact: bool) -> None:
+        """Mark the rows of a round's window: of a pass, all whose tokens are true in the deepest layer, too."""
+        earlier = self.num_layers - 1
+        offsets = torch.arange(-earlier, verified.tokens.shape[1])
+        positions = verified.seq_lens[:, None] + offsets
+        slots = self.states.slots(verified.requests[:, None], positions)
+        true = offsets < (verified.accept_lens - earlier)[:, None]
+        self.exact[self.to_sliding[slots].where(positions >= 0, 0)] = true if exact else False
+        self.exact[0] = False  # nobody's
+
+    def _owe(self, pool_idx: Sequence[int]) -> None:
+        for index in pool_idx:
+            self.owes[index] = True
+
+    def _span(self, pool_idx: int, end: int, final: bool) -> Span:
+        """The rows to compute so that every layer's KV is exact for all a request's next passes read behind `end`."""
+        if not final:
+            return Span(end - 1, end, end)
+        low = max(0, end - self.retained - (self.num_layers - 1) * self.earlier_keys)
+        slots = self.states.table[pool_idx, low:end].long()
+        missing = (~self.exact[self.to_sliding[slots]]).nonzero().flatten().add_(low).tolist()
+        start = exact = _first(missing, end - self.retained, end)
+        for _ in range(self.num_layers - 1):  # a layer reads the window before it of the layer below
+            start = _first(missing, start - self.earlier_keys, start)
+        return Span(start, exact, end)
+
+    @contextmanager
+    def _catching_up(
+        self, batch, pool_idx: list[int], ends: list[int], final: list[bool]
+    ) -> Iterator[CatchUp | None]:
+        """The pass that brings requests up to `ends`; None where there are not enough slots for it.
+
+        Where not final, inside a prompt, a request has a row only because a pass needs one of each.
+        """
+        requests = list(zip(pool_idx, ends, final, strict=True))
+        room = self._make_room(batch, lambda: [self._span(*request) for request in requests])
+        if room is None:
+            self._owe(pool_idx)
+            yield None
+            return
+        spans, rows, gone = room
+        sliding = self.to_sliding[rows.slots]
+        # Exact rows are input of the layers above, but what is before them may be missing: their own KV stays as it is.
+        made = replace(rows, slots=rows.slots.masked_fill(self.exact[sliding], 0))
+        with self._lending(gone):
+            yield CatchUp(self.reader, made, self.states.hidden[rows.slots])
+        self._mark(rows, spans, sliding)
+        for index in pool_idx:  # one inside a prompt has another prefill before its first round
+            self.owes[index] = False
+
+    def _mark(self, rows: MTPPassInput, spans: list[Span], sliding: Tensor) -> None:
+        """Note what a pass over these rows, in these sliding slots, has made exact."""
+        counts = torch.tensor(rows.row_counts)
+        first = torch.tensor([span.exact for span in spans]).repeat_interleave(counts)
+        last = torch.tensor([span.end - self.num_layers for span in spans]).repeat_interleave(counts)
+        self.exact[sliding[(rows.positions >= first) & (rows.positions <= last)]] = True
+        self.exact[0] = False
+
+    def _rows(self, batch, spans: list[Span]) -> MTPPassInput:
+        requests = batch.req_pool_indices.tolist()
+        lines = [
+            self.states.tokens[self.states.table[index, span.start : span.end].long()].tolist()
+            for index, span in zip(requests, spans, strict=True)
+        ]
+        return extend_rows(
+            starts=[span.start for span in spans],
+            ends=[span.end for span in spans],
+            lines=lines,
+            num_layers=self.num_layers,
+            req_to_token=self.states.table,
+            req_pool_indices=batch.req_pool_indices,
+        )
+
+    def _make_room(self, batch, find_spans: Callable[[], list[Span]]) -> tuple[list[Span], MTPPassInput, Tensor] | None:
+        """The spans, their rows, and those of the rows' full slots, each once, whose sliding ones are gone.
+
+        SGLang gives sliding slots back behind the window, and a pass over more rows than a window needs one for each.
+        None where there are fewer, whatever the prefix cache gives back: it may give back some of these rows' own.
+        """
+        for _ in range(2):
+            spans = find_spans()
+            rows = self._rows(batch, spans)
+            gone = rows.slots[self.to_sliding[rows.slots] == 0].unique()
+            short = self._whole_pages(len(gone)) - self.allocator.swa_available_size()
+            if short <= 0:
+                return spans, rows, gone
+            batch.tree_cache.evict_for_alloc(EvictParams(swa_num_tokens=short))
+        return None
+
+    @contextmanager
+    def _lending(self, slots: Tensor) -> Iterator[None]:
+        """Meanwhile these full slots have sliding ones."""
+        pool = self.allocator.swa_attn_allocator
+        lent = pool.alloc(self._whole_pages(len(slots)))
+        self.allocator.set_full_to_swa_mapping(slots, lent[: len(slots)])
+        try:
+            yield
+        finally:
+            self.allocator.clear_full_to_swa_mapping(slots)
+            pool.free(lent)
+
+    def _whole_pages(self, count: int) -> int:
+        return -(-count // self.allocator.page_size) * self.allocator.page_size
+
+
+def _first(numbers: list[int], at_least: int, otherwise: int) -> int:
+    """The first of these ascending numbers that is not less, if it is less than `otherwise`."""
+    place = bisect_left(numbers, at_least)
+    return min(numbers[place], otherwise) if place < len(numbers) else otherwise
