@@ -29,11 +29,12 @@ class KVLayout:
     sliding_token: int
     replication: int
     earlier_keys: int  # of a sliding layer, the query's own not counted
+    state: int = 0  # of one token: the hidden state that the portable platform keeps for the MTP layers
 
     @property
     def full_cell(self) -> int:
-        """Bytes of one slot of the full pool: all full layers."""
-        return self.full_layers * self.full_token
+        """Bytes of one slot of the full pool: all full layers, and the state."""
+        return self.full_layers * self.full_token + self.state
 
     @property
     def sliding_cell(self) -> int:

@@ -1,6 +1,6 @@
 """From a checkpoint, a machine and a wish (context, concurrency) to server settings and what they serve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang_step35.config import ModelSpec
 from sglang_step35.planner import MIB, PlanError
@@ -116,6 +116,8 @@ def make_plan(spec: ModelSpec, machine: Hardware, wish: Wish, stored: Stored | N
     else:
         weights, stored = device_weights(spec, quantization, tp, mtp), None
     layout = kv_layout(spec, tp, mtp, wish.kv_bytes)
+    if mtp and machine.engine == PORTABLE:  # `speculative/slot_states.py`
+        layout = replace(layout, state=spec.hidden_size * wish.kv_bytes)
     free = machine.free(tp)
     planner = _Planner(machine, wish, tp, context, layout, free, weights.shared_vocabulary)
     best, stock = planner.settle()

@@ -84,12 +84,14 @@ class Foretold:
 class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
-    acceptance: [max_depth] conditional rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
+    entry: seconds a batch pays for each token of one request before any draft, see `entry_cost`. acceptance:
+    [max_depth] conditional rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
     too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
     prior: Foretold
+    entry: float = 0.0
     acceptance: list[float] = field(init=False)
     depth: int = field(init=False)
     cost: list[float | None] = field(init=False)
@@ -152,10 +154,11 @@ class DepthController:
             if self.cost[self._trial] is None:
                 self.cost[self._trial] = self._former
         self._trial, self._unmeasured = None, 0
-        self.depth = best_depth(self.acceptance, self._costs(), self.depth, self.settings.gain)
+        costs = self._with_entry(self._costs())
+        self.depth = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
-        rates = self._rates()
+        rates = self._rates(costs)
         overdue = {kind: rounds / self._wait(kind, rates) for kind, rounds in self._waited.items()}
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
@@ -188,11 +191,16 @@ class DepthController:
 
     def _best_rate(self) -> float:
         """Tokens a second at the best depth."""
-        return max(self._rates())
+        return max(self._rates(self._costs()))
 
-    def _rates(self) -> list[float]:
+    def _rates(self, costs: list[float]) -> list[float]:
         """Tokens a second by depth."""
-        return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(self._costs())]
+        return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(costs)]
+
+    def _with_entry(self, costs: list[float]) -> list[float]:
+        """Rounds with drafts bear their share of what requests paid to have any."""
+        drafting = (cost + self.entry * expected_tokens(self.acceptance, d) for d, cost in enumerate(costs) if d)
+        return [costs[0], *drafting]
 
     def _costs(self) -> list[float]:
         """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one."""

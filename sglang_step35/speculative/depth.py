@@ -3,12 +3,14 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from sglang_step35.names import DEPTH_PARAM
 from sglang_step35.speculative.adaptive import AdaptiveSettings, DepthController, Foretold
 from sglang_step35.speculative.confidence import Calibration, StopRule
+from sglang_step35.speculative.entry_cost import EntryCost
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.settings import MTPSettings
 
@@ -46,6 +48,7 @@ class DepthPlanner:
         self._sizes: dict[int, int] = {}  # the batch size that a controller's costs are those of
         self._latest: DepthController | None = None
         self.rests = False  # the last round planned no drafts for the next
+        self._entry = EntryCost()
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
         self._last: tuple[float, frozenset, tuple[int, bool]] | None = None
@@ -75,6 +78,7 @@ class DepthPlanner:
         Returns that round's drafts by position: those verification reached, those it accepted.
         """
         drafted, offered, confidences = self._pending.popleft()
+        self._entry.add_tokens(sum(accepted) + len(accepted))
         if self._measures:
             reached = _by_position(drafted, accepted, self.settings.num_steps)
             self._controller(len(offered)).observe_acceptance(*reached)
@@ -84,11 +88,25 @@ class DepthPlanner:
                     self.calibration.observe(chances[i], kept > i)
         return _by_position(offered, accepted, self.settings.num_draft_tokens - 1)
 
+    @contextmanager
+    def entering(self, prompts: int) -> Iterator[None]:
+        """Time a pass of the MTP layers over the ends of these prompts, which those of resting requests do without."""
+        began = self._clock()
+        yield
+        if self.settings.adaptive and self.settings.by_slot and prompts:
+            self._entry.add_pass(prompts, self._ranks.same_number(self._clock() - began))
+
+    def begin_prompts(self, count: int) -> None:
+        """So many prompts were prefilled."""
+        self._entry.add_prompts(count)
+
     def next_depth(self, batch_size: int) -> int:
         """MTP layers' drafts of the next round."""
         if not self._measures:
             return self.settings.num_steps
-        depth = self._controller(batch_size).next_depth()
+        controller = self._controller(batch_size)
+        controller.entry = batch_size * self._entry.per_token(batch_size)
+        depth = controller.next_depth()
         self.rests = depth == 0
         return depth
 

@@ -10,6 +10,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from torch import Tensor
 
+from sglang_step35.speculative.host_copy import host_reads_are_free
 from sglang_step35.speculative.pass_input import MTPPassInput
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.settings import MTPSettings
@@ -81,11 +82,6 @@ def _captures_decode_graphs() -> bool:
     from sglang.srt.utils import require_gathered_buffer
 
     return not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED) and not require_gathered_buffer()
-
-
-def host_reads_are_free(device: torch.device) -> bool:
-    """Whether the host may read a tensor without waiting for a stream of kernels."""
-    return device.type == "cpu"
 
 
 def keeps_states_by_slot(device: torch.device | str, target_worker, hierarchical_cache: bool) -> bool:

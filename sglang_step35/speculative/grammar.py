@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sglang_step35.speculative.device import host_reads_are_free
+from sglang_step35.speculative.host_copy import host_reads_are_free
 
 _EVERYTHING = -1  # 32 tokens of a mask: all bits set
 

@@ -64,6 +64,7 @@ class PrefillPass:
         """Reads the rings; `remember` writes them, once the pass's inputs are taken."""
         self.rings = rings
         self.num_layers = lag.num_layers
+        self.lag = lag
         self.req_to_token = req_to_token
         self.pool_indices = batch.req_pool_indices
         self.chunks = chunks
@@ -112,9 +113,10 @@ class PrefillPass:
         return torch.cat(pieces)
 
     def remember(self, rows: MTPPassInput, hidden: Tensor) -> None:
-        """Note this prefill, and put the last C positions of every request into the rings."""
+        """Note this prefill, which runs every layer, and put the last C positions of every request into the rings."""
         chunks = self.chunks
         self.rings.begin(chunks.pool_idx, chunks.rids, self.firsts, chunks.ends)
+        self.lag.clear(chunks.pool_idx)
         owners: list[int] = []
         picks: list[int] = []
         positions: list[int] = []

@@ -50,7 +50,6 @@ class RingUpkeep:
         rows = found.rows(next_token_ids)
         hidden = found.hidden(hidden)
         found.remember(rows, hidden)
-        self.lag.clear(chunks.pool_idx)
         yield CatchUp(self.reader, rows, hidden)
 
     @contextmanager

@@ -79,14 +79,12 @@ class SlotUpkeep:
     ) -> Iterator[RoundWindow | CatchUp | None]:
         """The pass behind a verify step; None where nothing is to be drafted, or slots are short for what is owed."""
         if depth and not any(self.owes[index] for index in pool_idx):
-            self._note(verified, exact=True)
+            self._note(verified)
             width = verified.tokens.shape[1]
             yield RoundWindow(self.reader, verified, width, width + self.num_layers - 1)
             return
-        self.reader.remember(verified)
-        self._note(verified, exact=False)
+        self._leave_out(pool_idx, verified)
         if not depth:
-            self._owe(pool_idx)
             yield None
             return
         ends = (verified.seq_lens + verified.accept_lens).tolist()
@@ -109,14 +107,22 @@ class SlotUpkeep:
         self.exact[self.to_sliding[slots]] = False
         self._owe(chunks.pool_idx)
 
-    def _note(self, verified: Verified, exact: bool) -> None:
-        """Mark the rows of a round's window: of a pass, all whose tokens are true in the deepest layer, too."""
+    def _leave_out(self, pool_idx: list[int], verified: Verified) -> None:
+        """Keep what a round's MTP pass would have been computed from, instead of `remember`: its own rows at once."""
+        width = verified.tokens.shape[1]
+        slots = self.states.slots(verified.requests[:, None], verified.seq_lens[:, None] + torch.arange(width))
+        self.states.hidden[slots], self.states.tokens[slots] = verified.hidden, verified.tokens
+        self.exact[self.to_sliding[slots]] = False
+        self._owe(pool_idx)
+
+    def _note(self, verified: Verified) -> None:
+        """Mark the rows of a pass's window: exact are those whose tokens are true in the deepest layer, too."""
         earlier = self.num_layers - 1
         offsets = torch.arange(-earlier, verified.tokens.shape[1])
         positions = verified.seq_lens[:, None] + offsets
         slots = self.states.slots(verified.requests[:, None], positions)
         true = offsets < (verified.accept_lens - earlier)[:, None]
-        self.exact[self.to_sliding[slots].where(positions >= 0, 0)] = true if exact else False
+        self.exact[self.to_sliding[slots].where(positions >= 0, 0)] = true
         self.exact[0] = False  # nobody's
 
     def _owe(self, pool_idx: Sequence[int]) -> None:
@@ -136,9 +142,7 @@ class SlotUpkeep:
         return Span(start, exact, end)
 
     @contextmanager
-    def _catching_up(
-        self, batch, pool_idx: list[int], ends: list[int], final: list[bool]
-    ) -> Iterator[CatchUp | None]:
+    def _catching_up(self, batch, pool_idx: list[int], ends: list[int], final: list[bool]) -> Iterator[CatchUp | None]:
         """The pass that brings requests up to `ends`; None where there are not enough slots for it.
 
         Where not final, inside a prompt, a request has a row only because a pass needs one of each.

@@ -191,6 +191,8 @@ class Watchdog:
     def observe(self, accepted: Sequence[int]) -> None:
         """Accepted drafts, looked-up ones included, of each request of the oldest round not yet reported."""
         round_ = self._pending.popleft()
+        if not any(drafted for _, _, drafted in round_):
+            return
         self._walks = {rid: self._walks.get(rid, {}) for rid, _, _ in round_}
         rows = [(rid, (kind, d, min(d, kept))) for (rid, kind, d), kept in zip(round_, accepted, strict=True) if d]
         numbers = Counter(outcome for _, outcome in rows)

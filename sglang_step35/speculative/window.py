@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_step35.speculative.device import host_reads_are_free
+from sglang_step35.speculative.host_copy import host_reads_are_free
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.rings import RequestRings
 from sglang_step35.speculative.slot_states import SlotStates

@@ -23,7 +23,6 @@ from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import (
     capture_narrow_steps,
-    host_reads_are_free,
     keeps_states_by_slot,
     round_clock,
     verify_width,
@@ -31,7 +30,7 @@ from sglang_step35.speculative.device import (
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.grammar import cut_forbidden, drafting_what_is_allowed
-from sglang_step35.speculative.host_copy import to_device
+from sglang_step35.speculative.host_copy import host_reads_are_free, to_device
 from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters
 from sglang_step35.speculative.penalties import count_accepted, count_first_tokens
 from sglang_step35.speculative.prefill import Chunks
@@ -158,7 +157,9 @@ class Step35SpecWorker(BaseSpecWorker):
         tokens, hidden = result.next_token_ids, result.logits_output.hidden_states
         with self.upkeep.prefill(batch, chunks, tokens, hidden, drafts=not self.depths.rests) as found:
             if found is not None:
-                self._extend(batch, chunks, tokens, found, sampler)
+                with self.depths.entering(sum(chunks.final)):
+                    self._extend(batch, chunks, tokens, found, sampler)
+        self.depths.begin_prompts(sum(chunks.final))
         self.store.note_drafts(chunks.pool_idx, len(sampler.drafts), sampler)
         if self.settings.look_ups:
             chunks.begin_texts(self.store.texts, tokens.tolist())

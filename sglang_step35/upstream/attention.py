@@ -41,6 +41,22 @@ ROWS = (
     ),
     # KV pools.
     *module(
+        "sglang.srt.mem_cache.allocator.swa",
+        takes("SWATokenToKVPoolAllocator.set_full_to_swa_mapping", "self full_indices swa_indices"),
+        takes("SWATokenToKVPoolAllocator.clear_full_to_swa_mapping", "self full_indices"),
+        takes("SWATokenToKVPoolAllocator.swa_available_size", "self"),
+        has(
+            "SWATokenToKVPoolAllocator",
+            "full_to_swa_index_mapping page_size size_swa swa_attn_allocator",
+        ),
+    ),
+    *module("sglang.srt.mem_cache.allocator.token", takes("TokenToKVPoolAllocator.alloc", "self need_size")),
+    *module(
+        "sglang.srt.mem_cache.base_prefix_cache",
+        takes("BasePrefixCache.evict_for_alloc", "self params allocation_reclaim_satisfied"),
+        takes("EvictParams", "num_tokens swa_num_tokens mamba_num"),
+    ),
+    *module(
         "sglang.srt.mem_cache.memory_pool",
         takes("KVWriteLoc", "loc swa_loc full_loc physical"),
     ),

@@ -9,7 +9,7 @@ ROWS = (
             "ScheduleBatch",
             "batch_size decoding_reqs extend_lens extend_num_tokens forward_mode has_grammar "
             "input_ids is_extend_in_batch out_cache_loc prefix_lens req_pool_indices reqs "
-            "return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum spec_info",
+            "return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum spec_info tree_cache",
         ),
         has(
             "Req",
@@ -59,7 +59,11 @@ ROWS = (
     ),
     *module(
         "sglang.srt.server_args",
-        has("ServerArgs", "attention_backend attn_dp_size enable_memory_saver ep_size enable_metrics numa_node"),
+        has(
+            "ServerArgs",
+            "attention_backend attn_dp_size enable_hierarchical_cache enable_memory_saver enable_metrics ep_size "
+            "numa_node",
+        ),
         has(
             "ServerArgs",
             "context_length dp_size dtype max_running_requests max_total_tokens mem_fraction_static model_path "

@@ -6,24 +6,25 @@ import pytest
 
 from sglang_step35.speculative.adaptive import (
     AdaptiveSettings,
-    Calibration,
     DepthController,
-    StopRule,
+    Foretold,
     best_depth,
     expected_tokens,
 )
+from sglang_step35.speculative.confidence import Calibration, StopRule
 from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.entry_cost import EntryCost
 from sglang_step35.speculative.lag import Lag
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.state import LastDrafts
 
 # Seconds of a round by depth: a verify step of 10 ms, 0.5 ms per extra token, 1 ms per MTP layer.
 COST = [0.010, 0.0115, 0.013, 0.0145]
-PRIOR = [40, 50, 58, 62]  # bytes: about right
+PRIOR = Foretold([40, 50, 58, 62])  # bytes: about right
 
 
-def prior(batch: int) -> tuple[list[float], float]:
-    return PRIOR, 0.0
+def prior(batch: int) -> Foretold:
+    return PRIOR
 
 
 def test_expected_tokens_is_the_sum_of_chain_products():
@@ -198,13 +199,13 @@ def test_depths_that_were_not_timed_cost_what_their_bytes_foretell():
     rate = 2.952 / COST[3]
     assert controller.floors() == pytest.approx([rate * COST[3] * extra / 62 / 0.8 for extra in (8, 4)])
     controller.acceptance = [0.4, 0.4, 0.4]
-    rates = [expected_tokens([0.4] * 3, depth) / PRIOR[depth] for depth in range(4)]
+    rates = [expected_tokens([0.4] * 3, depth) / PRIOR.by_depth[depth] for depth in range(4)]
     assert controller.next_depth() == rates.index(max(rates)) == 1
 
 
 def test_a_new_batch_size_begins_at_the_depth_that_pays_there():
     """What drafts are worth is known from the batch before; what a round costs, from the bytes it reads."""
-    costs = {1: ([10, 11, 12, 13], 0), 16: ([10, 20, 30, 40], 0)}
+    costs = {1: Foretold([10, 11, 12, 13]), 16: Foretold([10, 20, 30, 40])}
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), costs.__getitem__)
     for _ in range(200):
         planner.begin_round(("a",), [3], [3], [[]])
@@ -320,7 +321,7 @@ def test_planner_tells_looked_up_drafts_from_the_layers():
 def test_what_a_round_without_drafts_leaves_for_later_counts():
     """Depth 0 gives 1 token in 10 ms, depth 1 1.4 in 15: better, once the former's upkeep makes it 12 ms."""
     for upkeep, depth in ((0.0, 0), (8.0, 1)):
-        controller = DepthController(AdaptiveSettings(max_depth=1, first_drafts=0), [40, 60], upkeep)
+        controller = DepthController(AdaptiveSettings(max_depth=1, first_drafts=0), Foretold([40, 60], upkeep))
         controller.acceptance = [0.4]
         for d, seconds in ((0, 0.010), (1, 0.015)):
             for _ in range(3):
@@ -328,11 +329,55 @@ def test_what_a_round_without_drafts_leaves_for_later_counts():
         assert controller.next_depth() == depth
 
 
+def test_drafting_bears_its_share_of_what_requests_pay_before_their_first_draft():
+    """Depth 1 gives 1.4 tokens in 13 ms, better than one in 10; not with 1 ms for each token before."""
+    for entry, depth in ((0.0, 1), (0.0005, 1), (0.001, 0)):
+        controller = DepthController(AdaptiveSettings(max_depth=1, first_drafts=0), Foretold([40, 52]), entry=entry)
+        controller.acceptance = [0.4]
+        for d, seconds in ((0, 0.010), (1, 0.013)):
+            for _ in range(3):
+                controller.observe_round(d, seconds)
+        assert controller.next_depth() == depth, entry
+
+
+def test_a_prompts_pass_is_spread_over_the_tokens_that_requests_have():
+    """Running requests have yet to show theirs."""
+    cost = EntryCost()
+    assert cost.per_token(1) == 0
+    for _ in range(5):
+        cost.add_prompts(2)
+        cost.add_pass(2, 0.2)
+        cost.add_tokens(100)
+    assert cost.per_token(0) == pytest.approx(0.1 * 10 / 500)
+    assert cost.per_token(4) == pytest.approx(0.1 * 6 / 500)
+    cost.add_pass(1, 60.0)  # whatever else the machine did
+    assert cost.per_token(0) == pytest.approx(0.1 * 10 / 500)
+    cost.add_prompts(5)  # without the layers
+    assert cost.per_token(0) == pytest.approx(0.1 * 15 / 500)
+    for _ in range(100):
+        cost.add_prompts(1)
+        cost.add_tokens(10)
+    assert cost.per_token(0) == pytest.approx(0.1 / 10, rel=0.2), "the last requests count"
+
+
+def test_trials_behind_many_rounds_without_drafts_are_as_rare_as_catching_up_is_dear():
+    """A trial's first pass costs 60 rounds: not more than about a hundredth of the time goes to such passes."""
+    foretold = Foretold([40, 60], catch_up=2400)
+    controller = DepthController(AdaptiveSettings(max_depth=1), foretold)
+    trials, resting = 0, True
+    for _ in range(20_000):
+        depth = controller.next_depth()
+        trials, resting = trials + (depth > 0 and resting), depth == 0
+        controller.observe_round(depth, 0.010 + 0.005 * depth)
+        controller.observe_acceptance([depth], [0])
+    assert 2 < trials <= 3 + 20_000 * 0.01 / 60
+
+
 def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
     """Where rounds with drafts take twice what their bytes foretell, they do so in other batches."""
     now = [0.0]
     settings = MTPSettings(num_steps=1, adaptive=True)
-    planner = DepthPlanner(settings, lambda batch: ([10 * batch, 10 * batch], 0.0), clock=lambda: now[0])
+    planner = DepthPlanner(settings, lambda batch: Foretold([10 * batch, 10 * batch]), clock=lambda: now[0])
     for seconds, depth in ((1.0, 0), (2.0, 1)):
         for _ in range(4):
             planner.begin_round(("a",), [depth], [depth], [[]])
@@ -344,7 +389,7 @@ def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
     """Fifteen requests down to eight, whose rounds take as long as their share."""
     now = [0.0]
     settings = MTPSettings(num_steps=1, adaptive=True)
-    planner = DepthPlanner(settings, lambda batch: ([10 * batch, 12 * batch], 0.0), clock=lambda: now[0])
+    planner = DepthPlanner(settings, lambda batch: Foretold([10 * batch, 12 * batch]), clock=lambda: now[0])
     for size in (15, 12, 10, 8):
         planner.begin_round(tuple(map(str, range(size))), [1] * size, [1] * size, [[]] * size)
         now[0] += 0.1 * size
@@ -352,7 +397,7 @@ def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
 
 
 def test_a_new_batch_size_makes_its_own_first_trial_where_drafts_are_not_known_yet():
-    planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), lambda batch: ([10, 20, 30, 40], 0.0))
+    planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), lambda batch: Foretold([10, 20, 30, 40]))
     for rounds, batch, depth in ((5, 16, 3), (7, 64, 0)):
         for _ in range(rounds):
             planner.begin_round(("a",), [3], [3], [[]])

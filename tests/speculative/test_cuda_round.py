@@ -72,7 +72,7 @@ def test_rounds_of_any_depth_wait_for_nothing_and_verify_what_they_drafted(cuda,
     for depth in (3, 0, 0, 1, 2, 3, 3):
         cuda.found.clear()
         monkeypatch.setattr(worker.depths, "next_depth", lambda size, depth=depth: depth)
-        caught_up = worker.store.lag.of(0) == 0
+        caught_up = worker.upkeep.lag.of(0) == 0
         relay = cuda_host.round_of(worker, requests, relay).next_draft_input
         assert cuda.found == [] or not caught_up
     assert worker._target_worker.verified == [4, 4, 1, 1, 2, 4, 4]

@@ -17,8 +17,8 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
 from sglang_step35.speculative.draft import EagerPass
 from sglang_step35.speculative.graphs import _reads_end_with_the_first_layer
+from sglang_step35.speculative.rings import RequestRings
 from sglang_step35.speculative.settings import MTPSettings
-from sglang_step35.speculative.state import RequestRings
 from sglang_step35.speculative.window import RoundWindow, Verified, WindowReader
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -138,7 +138,7 @@ def random_window(reader, seed, width=STEPS + 1) -> RoundWindow:
 def eager_pass(runner, window):
     """The draft worker's way without graphs."""
     window.reader.remember(window.verified)
-    rows, hidden = window.rows()
+    rows, hidden = window.reader.rows(window.verified, window.width, window.num_rows)
     batch = SimpleNamespace(
         batch_size=3, req_pool_indices=window.verified.requests, positions=rows.positions, out_cache_loc=rows.slots
     )

@@ -3,7 +3,7 @@
 import torch
 
 from sglang_step35.speculative.pass_input import extend_cache_locs, extend_rows, window_rows
-from sglang_step35.speculative.state import RequestRings
+from sglang_step35.speculative.rings import RequestRings
 
 LAYERS = 3
 

@@ -6,19 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_step35.speculative.prefill import PrefillPass
+from sglang_step35.speculative.prefill import Chunks, PrefillPass
+from sglang_step35.speculative.ring_upkeep import RingUpkeep
 from sglang_step35.speculative.settings import MTPSettings
-from sglang_step35.speculative.state import RequestStore
 from tests.support.toy_requests import ToyRequest
 
 POOL, LENGTH, SAMPLED = 4, 100, 10_000
 TABLE = 1000 * torch.arange(1, POOL + 1)[:, None] + torch.arange(LENGTH)  # a slot names its index and position
 
 
+class Pool:
+    """SGLang's request pool."""
+
+    req_to_token = TABLE
+
+
 def make_store(steps):
-    settings = MTPSettings(num_steps=steps)
-    sizes = dict(hidden_size=1, vocab_size=2, eager_rows=256)
-    return RequestStore.allocate(settings, POOL, **sizes, dtype=torch.int64, device="cpu")
+    return RingUpkeep(MTPSettings(num_steps=steps), Pool(), hidden_size=1, dtype=torch.int64, device="cpu")
 
 
 def request(rid, index, length, filled=0):
@@ -49,7 +53,7 @@ def extend(store, spans, decoding=()):
         decoding_reqs=list(decoding) or None,
     )
     before = snapshot(store)
-    made = PrefillPass(batch, store, SimpleNamespace(req_to_token=TABLE))
+    made = PrefillPass(batch, Chunks.of(batch), store.rings, store.lag, TABLE)
     sampled = torch.arange(len(requests)) + SAMPLED
     rows = made.rows(sampled)
     new = [state(r, t) for r, n in zip(requests, counts) for t in range(r.filled, r.filled + n)]
@@ -89,7 +93,7 @@ def check_request(store, made, count, b, sampled, front, rows, hidden):
 def test_a_whole_prompt_ends_with_the_sampled_token(steps):
     store = make_store(steps)
     made = extend(store, {request("a", 2, 9): 9, request("b", 0, 1): 1})
-    assert made.front == [0, 0] and made.final == [True, True]
+    assert made.front == [0, 0] and made.chunks.final == [True, True]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -101,7 +105,7 @@ def test_chunks_read_the_prompts_tokens_and_recompute_the_rows_before(steps, chu
         front = min(made.filled, steps - 1)
         passed = extend(store, {other: 2, made: count})
         assert passed.front[1] == front
-    assert passed.final == [False, True]
+    assert passed.chunks.final == [False, True]
 
 
 def test_a_prefix_hit_has_no_hidden_states_before_it():

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_step35.speculative.acceptance import accept_sampled, inverse_cdf
+from sglang_step35.speculative.rings import RequestRings
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.state import RequestStore
 
@@ -13,39 +14,41 @@ STEPS, VOCAB, INDEX = 3, 11, 2
 
 
 def make_store() -> RequestStore:
-    return RequestStore.allocate(
-        MTPSettings(STEPS), 6, hidden_size=4, vocab_size=VOCAB, eager_rows=256, dtype=torch.float32, device="cpu"
-    )
+    return RequestStore.allocate(MTPSettings(STEPS), 6, vocab_size=VOCAB, device="cpu")
 
 
-def prefill(store: RequestStore, rid: str, first: int, end: int) -> None:
-    store.begin_prefill([INDEX], [rid], [first], [end])
+def make_rings() -> RequestRings:
+    return RequestRings(6, MTPSettings(STEPS).ring_capacity, 4, torch.float32, "cpu")
+
+
+def prefill(rings: RequestRings, rid: str, first: int, end: int) -> None:
+    rings.begin([INDEX], [rid], [first], [end])
 
 
 def test_a_chunk_goes_on_where_the_last_one_ended():
-    store = make_store()
-    prefill(store, "a", 0, 100)
-    assert store.rings.known_before(INDEX, "a", 100) == store.rings.capacity
-    assert store.rings.known_before(INDEX, "a", 99) == 0
-    assert store.rings.known_before(INDEX, "b", 100) == 0
+    rings = make_rings()
+    prefill(rings, "a", 0, 100)
+    assert rings.known_before(INDEX, "a", 100) == rings.capacity
+    assert rings.known_before(INDEX, "a", 99) == 0
+    assert rings.known_before(INDEX, "b", 100) == 0
 
 
 def test_a_retracted_request_back_at_its_old_prefill_end_knows_nothing():
     """It decoded past its prompt, so the entries before the prompt's end hold later positions."""
-    store = make_store()
-    prefill(store, "a", 0, 100)
-    store.begin_round([INDEX])
-    assert store.rings.known_before(INDEX, "a", 100) == 0
-    prefill(store, "a", 100, 164)
-    assert store.rings.known_before(INDEX, "a", 164) == store.rings.capacity
+    rings = make_rings()
+    prefill(rings, "a", 0, 100)
+    rings.leave_prefill([INDEX])
+    assert rings.known_before(INDEX, "a", 100) == 0
+    prefill(rings, "a", 100, 164)
+    assert rings.known_before(INDEX, "a", 164) == rings.capacity
 
 
 def test_a_request_decoding_beside_prefills_goes_on():
-    store = make_store()
-    prefill(store, "a", 90, 100)
-    store.begin_round([INDEX, INDEX + 1])
-    assert store.rings.known_before(INDEX, "a", 103, decoding=True) == 13
-    assert store.rings.first_after_prefill(INDEX, 103, 13) == 90
+    rings = make_rings()
+    prefill(rings, "a", 90, 100)
+    rings.leave_prefill([INDEX, INDEX + 1])
+    assert rings.known_before(INDEX, "a", 103, decoding=True) == 13
+    assert rings.first_after_prefill(INDEX, 103, 13) == 90
 
 
 # Distributions of sampled drafts.
@@ -62,9 +65,7 @@ def note(store: RequestStore, pool_idx: list[int], probs: list[torch.Tensor]) ->
 
 def test_no_memory_is_taken_for_the_whole_pool():
     """SGLang sizes its KV pools before it tells the worker how many requests there may be."""
-    store = RequestStore.allocate(
-        MTPSettings(STEPS), 512, hidden_size=4, vocab_size=1000, eager_rows=256, dtype=torch.float32, device="cpu"
-    )
+    store = RequestStore.allocate(MTPSettings(STEPS), 512, vocab_size=1000, device="cpu")
     numbers = CountNumbers()
     with numbers:
         note(store, [3], [torch.zeros(1, 1000) for _ in range(STEPS)])

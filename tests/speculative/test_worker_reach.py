@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sglang_step35.planner.kv import KVLayout
-from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.rings import RequestRings
+from sglang_step35.speculative.settings import MTPSettings
 from tests.support.toy_mtp import EARLIER_KEYS
 from tests.support.worker_host import Host, Witness, make_worker
 

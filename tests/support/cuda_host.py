@@ -13,6 +13,7 @@ from sglang.srt.speculative import eagle_info, eagle_utils, eagle_worker_common
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from sglang_step35.speculative import device, draft, graphs, host_copy, verify, worker
+from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.pass_buffers import PassBuffers, VerifiedBuffers
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.verify_graphs import NarrowStep
@@ -178,9 +179,10 @@ def make_worker(monkeypatch, *, captured: bool = True, plans_on_host: bool = Fal
     monkeypatch.setattr(host_copy, "async_h2d", async_h2d)
     monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: False))
     pool = Pool()
-    args = SimpleNamespace(enable_metrics=False, served_model_name="fake", graphs=captured)
+    flags = dict(enable_metrics=False, served_model_name="fake", enable_hierarchical_cache=False)
+    args = SimpleNamespace(graphs=captured, **flags)
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(plans_on_host))
-    made._foretold = lambda batch: ([1.0] * (STEPS + 1), 0.0)  # the models are stand-ins
+    made._foretold = lambda batch: Foretold([1.0] * (STEPS + 1))  # the models are stand-ins
     made.alloc_memory_pool(req_to_token_pool=pool)
     for width in narrow:
         made.narrow.steps[width] = NarrowStep(Attention(plans_on_host), None, 0.0)

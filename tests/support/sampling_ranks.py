@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from sglang_step35.speculative.ranks import ALONE, Ranks
@@ -41,7 +42,7 @@ def depths(ranks: Ranks, rank: int) -> list[int]:
     """The depth of every round of one request whose drafts are mostly accepted."""
     now = [0.0]
     settings = MTPSettings(STEPS, adaptive=True)
-    planner = DepthPlanner(settings, lambda batch: (SECONDS[rank], 0.0), clock=lambda: now[0], ranks=ranks)
+    planner = DepthPlanner(settings, lambda batch: Foretold(SECONDS[rank]), clock=lambda: now[0], ranks=ranks)
     chosen = [STEPS]
     for _ in range(ROUNDS):
         planner.begin_round(("a",), [chosen[-1]], [chosen[-1]], [[]])
