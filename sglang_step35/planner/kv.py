@@ -33,8 +33,8 @@ class KVLayout:
 
     @property
     def full_cell(self) -> int:
-        """Bytes of one slot of the full pool: all full layers, and the state."""
-        return self.full_layers * self.full_token + self.state
+        """Bytes of one slot of the full pool: all full layers."""
+        return self.full_layers * self.full_token
 
     @property
     def sliding_cell(self) -> int:
@@ -58,6 +58,10 @@ class KVLayout:
         SGLang's floor for a pool counts the window's only.
         """
         return MTPSettings(self.mtp_layers).retained(self.earlier_keys) if self.mtp_layers else self.earlier_keys
+
+    def state_bytes(self, requests: int) -> int:
+        """Hidden states, beside the pools, of a server of so many requests at once."""
+        return self.state * MTPSettings(self.mtp_layers).state_rows(self.earlier_keys, requests) if self.state else 0
 
     def request_bytes(self, tokens: int, chunk: int = 0) -> int:
         """KV of one request of `tokens` tokens at most: the sliding layers keep a window and the chunk in flight."""

@@ -179,7 +179,7 @@ class _Planner:
     def setup(self, kind: str, running: int, ratio: float | None) -> Setup | None:
         """One combination, or None where SGLang would not start. ratio None: the smallest that serves `running`."""
         reserve = self.reserve(kind, running)
-        budget = self.budget(reserve.mem_fraction_static)
+        budget = self.budget(reserve.mem_fraction_static) - self.layout.state_bytes(running)
         slots = Slots(self.layout.retained, self.wish.page_size, self.layout.mtp_layers + 1, reserve.chunk)
         if budget <= 0:
             return None

@@ -90,7 +90,7 @@ def _kv(plan: Plan) -> list[str]:
     layout = plan.layout
     lines = [
         "KV cache, bytes for a token on each device (bf16)",
-        f"  {f'{layout.full_layers} full layers, kept for all tokens':<52}{layout.full_cell - layout.state:>8}",
+        f"  {f'{layout.full_layers} full layers, kept for all tokens':<52}{layout.full_cell:>8}",
         f"  {f'{layout.sliding_layers} sliding layers, {layout.window} tokens + chunk':<52}"
         f"{layout.sliding_layers * layout.sliding_token:>8}",
     ]
@@ -98,7 +98,7 @@ def _kv(plan: Plan) -> list[str]:
         share = f"{layout.mtp_layers} MTP layers, sliding too ({layout.mtp_share:.1%} of the sliding pool)"
         lines.append(f"  {share:<52}{layout.mtp_layers * layout.sliding_token:>8}")
     if layout.state:
-        lines.append(f"  {'hidden states for the MTP layers, for all tokens':<52}{layout.state:>8}")
+        lines.append(f"  {'hidden states for the MTP layers, for the last tokens':<52}{layout.state:>8}")
     if layout.replication > 1:
         lines.append(f"  every KV head is held by {layout.replication} devices: more of them than KV heads")
     return lines

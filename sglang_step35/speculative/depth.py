@@ -90,10 +90,10 @@ class DepthPlanner:
 
     @contextmanager
     def entering(self, prompts: int) -> Iterator[None]:
-        """Time a pass of the MTP layers over the ends of these prompts, which those of resting requests do without."""
+        """Time a pass of the MTP layers over these prompts' ends, which goes without while nothing is drafted."""
         began = self._clock()
         yield
-        if self.settings.adaptive and self.settings.by_slot and prompts:
+        if self.settings.adaptive and self.settings.by_slot:
             self._entry.add_pass(prompts, self._ranks.same_number(self._clock() - began))
 
     def begin_prompts(self, count: int) -> None:

@@ -1,5 +1,7 @@
 """How a draft is drawn from an MTP layer's logits, and when a pass stops drafting."""
 
+from collections.abc import Sequence
+
 import torch
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
@@ -45,6 +47,7 @@ class DraftSampler:
             self.coins = self.rule.coins(positions.long()[:, None], streams)  # [B, S]
         self.stop_rule = stop_rule
         self.grammars: DraftGrammars | None = None  # set while a pass keeps to them
+        self.silent: Sequence[bool] = ()  # requests that a pass cannot draft for; none: all are drafted for
         self.drafts: list[Tensor] = []
         self.probs: list[Tensor] = []
         self.confidences: list[list[float]] = []  # per layer and request
@@ -73,6 +76,10 @@ class DraftSampler:
         """Whether the next layer is not worth running."""
         return self.stop_rule is not None and self.stop_rule.stops(self.confidences)
 
+    def counts(self, requests: int) -> list[int]:
+        """Drafts of each."""
+        return [0 if out else len(self.drafts) for out in self.silent or [False] * requests]
+
     def draft_input(self, bonus: Tensor) -> EagleDraftInput:
         """What the scheduler relays to the next round; bonus: [B] token ids.
 
@@ -82,6 +89,8 @@ class DraftSampler:
         while len(drafts) < self.num_steps:
             drafts.append(torch.full_like(bonus, NO_DRAFT, dtype=torch.int64))
         drafts = torch.stack(drafts, dim=1)
+        if any(self.silent):
+            drafts = drafts.masked_fill(torch.tensor(self.silent)[:, None], NO_DRAFT)
         return EagleDraftInput(
             topk_p=torch.empty(drafts.shape, device=drafts.device),  # relayed, never read
             topk_index=drafts,

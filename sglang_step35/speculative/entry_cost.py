@@ -17,6 +17,7 @@ class EntryCost:
     prompts: float = 0.0
     tokens: float = 0.0
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    _begun: float = 0.0  # seconds for chunks inside prompts
 
     def add_prompts(self, count: int) -> None:
         """So many prompts were prefilled, with the MTP layers or without."""
@@ -29,8 +30,11 @@ class EntryCost:
         self.tokens += count
 
     def add_pass(self, prompts: int, seconds: float) -> None:
-        """The MTP layers ran over the ends of these prompts."""
-        self._seconds.append(seconds / prompts)
+        """The MTP layers ran over these prompts' ends, or over chunks inside some."""
+        self._begun += seconds
+        if prompts:
+            self._seconds.append(self._begun / prompts)
+            self._begun = 0.0
 
     def per_token(self, running: int) -> float:
         """Seconds for each token of one request, from the prompts before the `running` ones, which have yet to end."""

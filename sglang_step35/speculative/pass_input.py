@@ -79,7 +79,7 @@ def window_rows(
     accept_lens: Tensor,
     width: int,
     verify_width: int,
-    first_known: Tensor,
+    known: Tensor,
     req_to_token: Tensor,
     req_pool_indices: Tensor,
     tokens: Tensor,
@@ -87,14 +87,13 @@ def window_rows(
     """Rows after a verify step: the `width` positions that end with the verify window.
 
     seq_lens: [B] committed length before the step, seq_lens_cpu its host copy if there is one. accept_lens: [B]
-    including the bonus. first_known: [B] first position whose hidden state is known. tokens: [B, width + S] int64, the
+    including the bonus. known: [B, width] bool, whose hidden states are known. tokens: [B, width + S] int64, the
     tokens from the first row's successor on. The row count is the same for every request, so that the pass can be
     captured in a graph.
     """
     batch = len(seq_lens)
     device = seq_lens.device
     positions = (seq_lens + verify_width - width)[:, None] + torch.arange(width, device=device)  # [B, width]
-    known = positions >= first_known[:, None].clamp(min=0)
     positions = positions.clamp(min=0)
     slots = req_to_token[req_pool_indices[:, None], positions].long() * known
     row = torch.arange(batch, device=device)

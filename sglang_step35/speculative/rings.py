@@ -73,6 +73,11 @@ class RequestRings:
         """Tokens of positions [start[b], start[b] + width): [B, width] int64."""
         return self.tokens[pool_indices[:, None], self._entries(start, width)]
 
+    def known(self, pool_indices: Tensor, start: Tensor, width: int) -> Tensor:
+        """Whether the hidden states of positions [start[b], start[b] + width) are known: [B, width] bool."""
+        positions = start[:, None] + torch.arange(width, device=start.device)
+        return positions >= self.first_known[pool_indices][:, None].clamp(min=0)
+
     def _entries(self, start: Tensor, width: int) -> Tensor:
         if width > self.capacity:
             raise ValueError(f"{width} positions do not fit a ring of {self.capacity}: one would stand for two")

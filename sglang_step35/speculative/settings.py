@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sglang_step35.names import is_our_code
 
 MAX_LOOK_UPS = 60  # a verify step of 64 tokens
+_FEWEST_STATES = 16_384  # hidden states
 _MAX_LAG = 96  # positions that layers may lag before they must catch up
 
 
@@ -64,6 +65,15 @@ class MTPSettings:
         A pass begins S - 1 positions before it, and where rounds may skip layers, as far back as the rings reach.
         """
         return earlier_keys + (self.ring_capacity if self._lags else self.num_steps)
+
+    def state_rows(self, earlier_keys: int, requests: int) -> int:
+        """Hidden states kept `by_slot` for so many requests at once: what all of them can need, and of former ones."""
+        return max(_FEWEST_STATES, requests * self.reach(earlier_keys))
+
+    def reach(self, earlier_keys: int) -> int:
+        """Last positions of a request that exact KV for its next pass is computed from: a layer reads the window before
+        it of the layer below."""
+        return self.retained(earlier_keys) + (self.num_steps - 1) * earlier_keys
 
     @property
     def _lags(self) -> bool:

@@ -44,10 +44,11 @@ class SlotUpkeep:
     ):
         """allocator: SGLang's of full and sliding slots. earlier_keys: of the MTP layers. dtype: of hidden states."""
         table, self.to_sliding = req_to_token_pool.req_to_token, allocator.full_to_swa_index_mapping
-        self.states = SlotStates(table, len(self.to_sliding), hidden_size, dtype, table.device)
+        rows = settings.state_rows(earlier_keys, len(table))
+        self.states = SlotStates(table, len(self.to_sliding), rows, hidden_size, dtype)
         self.reader = WindowReader(self.states, table, settings.num_steps)
         self.allocator, self.num_layers, self.earlier_keys = allocator, settings.num_steps, earlier_keys
-        self.retained = settings.retained(earlier_keys)
+        self.retained, self.reach = settings.retained(earlier_keys), settings.reach(earlier_keys)
         self.exact = torch.zeros(allocator.size_swa + allocator.page_size, dtype=torch.bool, device=table.device)
         self.owes = [False] * len(table)  # by pool index: whether rounds have more to compute than their own rows
 
@@ -62,15 +63,15 @@ class SlotUpkeep:
     def prefill(
         self, batch, chunks: Chunks, next_token_ids: Tensor, hidden: Tensor, drafts: bool
     ) -> Iterator[CatchUp | None]:
-        """The pass behind a prefill; None where no prompt ends or nothing is to be drafted.
+        """The pass behind a prefill; None where nothing is to be drafted.
 
         next_token_ids: [B] sampled. hidden: [sum of chunk lengths, H], the backbone's.
         """
         self._take_in(chunks, next_token_ids.tolist(), hidden)
-        if not drafts or not any(chunks.final):
+        if not drafts:
             yield None
             return
-        with self._catching_up(batch, chunks.pool_idx, chunks.ends, chunks.final) as found:
+        with self._catching_up(batch, chunks.pool_idx, chunks.prefixes, chunks.ends) as found:
             yield found
 
     @contextmanager
@@ -88,7 +89,7 @@ class SlotUpkeep:
             yield None
             return
         ends = (verified.seq_lens + verified.accept_lens).tolist()
-        with self._catching_up(batch, pool_idx, ends, [True] * len(ends)) as found:
+        with self._catching_up(batch, pool_idx, ends, ends) as found:
             yield found
 
     def _take_in(self, chunks: Chunks, next_token_ids: list[int], hidden: Tensor) -> None:
@@ -102,7 +103,7 @@ class SlotUpkeep:
             tokens += chunks.ids[b][prefix + 1 : end + 1]
             tokens += [next_token_ids[b]] * chunks.final[b]
         slots = self.states.slots(torch.tensor(owners), torch.tensor(positions))
-        self.states.hidden[slots] = hidden
+        self.states.keep(slots, hidden)
         self.states.tokens[slots] = torch.tensor(tokens)
         self.exact[self.to_sliding[slots]] = False
         self._owe(chunks.pool_idx)
@@ -111,7 +112,8 @@ class SlotUpkeep:
         """Keep what a round's MTP pass would have been computed from, instead of `remember`: its own rows at once."""
         width = verified.tokens.shape[1]
         slots = self.states.slots(verified.requests[:, None], verified.seq_lens[:, None] + torch.arange(width))
-        self.states.hidden[slots], self.states.tokens[slots] = verified.hidden, verified.tokens
+        self.states.keep(slots.flatten(), verified.hidden.flatten(0, 1))
+        self.states.tokens[slots] = verified.tokens
         self.exact[self.to_sliding[slots]] = False
         self._owe(pool_idx)
 
@@ -129,25 +131,24 @@ class SlotUpkeep:
         for index in pool_idx:
             self.owes[index] = True
 
-    def _span(self, pool_idx: int, end: int, final: bool) -> Span:
-        """The rows to compute so that every layer's KV is exact for all a request's next passes read behind `end`."""
-        if not final:
-            return Span(end - 1, end, end)
-        low = max(0, end - self.retained - (self.num_layers - 1) * self.earlier_keys)
+    def _span(self, pool_idx: int, since: int, end: int) -> Span:
+        """Rows up to `end`, exact in every layer from all on that passes behind `since` read.
+
+        Where hidden states of these are gone, the last row alone, which means nothing.
+        """
+        low = max(0, since - self.reach)
         slots = self.states.table[pool_idx, low:end].long()
-        missing = (~self.exact[self.to_sliding[slots]]).nonzero().flatten().add_(low).tolist()
-        start = exact = _first(missing, end - self.retained, end)
+        missing = (~self.exact[self.to_sliding[slots[: since - low]]]).nonzero().flatten().add_(low).tolist()
+        start = exact = _first(missing, since - self.retained, since)
         for _ in range(self.num_layers - 1):  # a layer reads the window before it of the layer below
             start = _first(missing, start - self.earlier_keys, start)
-        return Span(start, exact, end)
+        known = bool((self.states.entries(slots[start - low :]) > 0).all())
+        return Span(start, exact, end) if known else Span(end - 1, end, end)
 
     @contextmanager
-    def _catching_up(self, batch, pool_idx: list[int], ends: list[int], final: list[bool]) -> Iterator[CatchUp | None]:
-        """The pass that brings requests up to `ends`; None where there are not enough slots for it.
-
-        Where not final, inside a prompt, a request has a row only because a pass needs one of each.
-        """
-        requests = list(zip(pool_idx, ends, final, strict=True))
+    def _catching_up(self, batch, pool_idx: list[int], since: list[int], ends: list[int]) -> Iterator[CatchUp | None]:
+        """The pass over the rows of `_span`; None where there are not enough slots for it."""
+        requests = list(zip(pool_idx, since, ends, strict=True))
         room = self._make_room(batch, lambda: [self._span(*request) for request in requests])
         if room is None:
             self._owe(pool_idx)
@@ -157,11 +158,12 @@ class SlotUpkeep:
         sliding = self.to_sliding[rows.slots]
         # Exact rows are input of the layers above, but what is before them may be missing: their own KV stays as it is.
         made = replace(rows, slots=rows.slots.masked_fill(self.exact[sliding], 0))
+        silent = [span.exact == span.end for span in spans]
         with self._lending(gone):
-            yield CatchUp(self.reader, made, self.states.hidden[rows.slots])
+            yield CatchUp(self.reader, made, self.states.hidden[self.states.entries(rows.slots)], silent)
         self._mark(rows, spans, sliding)
-        for index in pool_idx:  # one inside a prompt has another prefill before its first round
-            self.owes[index] = False
+        for index, owes in zip(pool_idx, silent, strict=True):
+            self.owes[index] = owes
 
     def _mark(self, rows: MTPPassInput, spans: list[Span], sliding: Tensor) -> None:
         """Note what a pass over these rows, in these sliding slots, has made exact."""

@@ -41,9 +41,9 @@ class RequestStore:
         self.probs.keep(pool_idx)
         self.texts.keep(pool_idx)
 
-    def note_drafts(self, pool_idx: list[int], count: int, sampler) -> None:
-        """A pass drafted `count` tokens for each request, with this DraftSampler."""
-        self.drafts.note(pool_idx, count, sampler.confidences)
+    def note_drafts(self, pool_idx: list[int], sampler) -> None:
+        """A pass drafted for these requests with this DraftSampler."""
+        self.drafts.note(pool_idx, sampler.counts(len(pool_idx)), sampler.confidences)
         self.probs.put(pool_idx, sampler.probs)
 
 
@@ -54,10 +54,10 @@ class LastDrafts:
         self._counts = [0] * pool_size
         self._confidences: list[list[float]] = [[] for _ in range(pool_size)]
 
-    def note(self, pool_idx: list[int], count: int, confidences: list[list[float]]) -> None:
-        """A pass drafted `count` tokens for each request; confidences[layer][b], empty if unknown."""
+    def note(self, pool_idx: list[int], counts: list[int], confidences: list[list[float]]) -> None:
+        """A pass drafted counts[b] tokens for each request; confidences[layer][b], empty if unknown."""
         for b, index in enumerate(pool_idx):
-            self._counts[index] = count
+            self._counts[index] = counts[b]
             self._confidences[index] = [chances[b] for chances in confidences]
 
     def counts(self, pool_idx: list[int]) -> list[int]:

@@ -4,6 +4,7 @@ All of it runs on the device alone, so that a CUDA graph can hold it (`graphs.py
 the window, N of them verified, R rows of the pass, H hidden size, S MTP layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Verified:
 class WindowReader:
     """The state a pass is computed from. req_to_token: SGLang's table of slots by pool index and position."""
 
-    rings: RequestRings | SlotStates
+    states: RequestRings | SlotStates
     req_to_token: Tensor
     num_layers: int
 
@@ -48,8 +49,8 @@ class WindowReader:
         size, width = verified.tokens.shape
         positions = verified.seq_lens[:, None] + torch.arange(1 + width, device=verified.seq_lens.device)
         owners = verified.requests[:, None].expand(size, width)
-        self.rings.put(owners, positions[:, :-1], verified.hidden)
-        self.rings.put_tokens(owners, positions[:, 1:], verified.tokens)
+        self.states.put(owners, positions[:, :-1], verified.hidden)
+        self.states.put_tokens(owners, positions[:, 1:], verified.tokens)
 
     def rows(self, verified: Verified, width: int, num_rows: int) -> tuple[MTPPassInput, Tensor]:
         """The `num_rows` rows of each request that end with its `width` positions behind seq_lens.
@@ -64,12 +65,12 @@ class WindowReader:
             accept_lens=verified.accept_lens,
             width=num_rows,
             verify_width=width,
-            first_known=self.rings.first_known[requests],
+            known=self.states.known(requests, start, num_rows),
             req_to_token=self.req_to_token,
             req_pool_indices=requests,
-            tokens=self.rings.token_window(requests, start + 1, num_rows + self.num_layers),
+            tokens=self.states.token_window(requests, start + 1, num_rows + self.num_layers),
         )
-        return rows, self.rings.window(requests, start, num_rows).flatten(0, 1)
+        return rows, self.states.window(requests, start, num_rows).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class RoundWindow:
     verified: Verified
     width: int
     num_rows: int
+    silent: Sequence[bool] = ()  # requests that it cannot draft for: none
 
     @property
     def ends_cpu(self) -> Tensor | None:
@@ -99,11 +101,15 @@ class RoundWindow:
 
 @dataclass(frozen=True)
 class CatchUp:
-    """A pass over rows whose MTP KV was left out: these, and the hidden states [R, H] they begin with."""
+    """A pass over given rows: these, and the hidden states [R, H] they begin with.
+
+    silent: requests that it cannot draft for, by their place in the batch; empty: none.
+    """
 
     reader: WindowReader
     pass_input: MTPPassInput
     hidden: Tensor
+    silent: Sequence[bool] = ()
 
     def rows(self) -> tuple[MTPPassInput, Tensor]:
         """As of a `RoundWindow`."""

@@ -157,10 +157,11 @@ class Step35SpecWorker(BaseSpecWorker):
         tokens, hidden = result.next_token_ids, result.logits_output.hidden_states
         with self.upkeep.prefill(batch, chunks, tokens, hidden, drafts=not self.depths.rests) as found:
             if found is not None:
+                sampler.silent = found.silent
                 with self.depths.entering(sum(chunks.final)):
                     self._extend(batch, chunks, tokens, found, sampler)
         self.depths.begin_prompts(sum(chunks.final))
-        self.store.note_drafts(chunks.pool_idx, len(sampler.drafts), sampler)
+        self.store.note_drafts(chunks.pool_idx, sampler)
         if self.settings.look_ups:
             chunks.begin_texts(self.store.texts, tokens.tolist())
         result.next_draft_input = sampler.draft_input(result.next_token_ids)
@@ -256,9 +257,10 @@ class Step35SpecWorker(BaseSpecWorker):
         sampler = self._sampler(batch, positions, may_stop=depth > 1)
         with self.upkeep.round(batch, pool_idx, verified, depth) as window:
             if window is not None:
+                sampler.silent = window.silent
                 with drafting_what_is_allowed(batch, sampler, verified.tokens, verified.accept_lens):
                     self._draft_worker.run(batch, window, depth, sampler)
-        self.store.note_drafts(pool_idx, len(sampler.drafts), sampler)
+        self.store.note_drafts(pool_idx, sampler)
         return sampler
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req, batch_size: int = 0) -> None:

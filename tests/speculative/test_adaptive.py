@@ -72,8 +72,8 @@ def test_the_stop_rule_multiplies_the_chances_of_the_drafts_so_far():
 
 def test_the_draft_log_keeps_what_each_row_drafted_last():
     log = LastDrafts(pool_size=5)
-    log.note([1, 4], 2, [[0.5, 0.25], [0.75, 1.0]])
-    log.note([3], 3, [])
+    log.note([1, 4], [2, 2], [[0.5, 0.25], [0.75, 1.0]])
+    log.note([3], [3], [])
     assert log.counts([4, 3, 1, 0]) == [2, 3, 2, 0]
     assert log.confidences([4, 3, 1]) == [[0.25, 1.0], [], [0.5, 0.75]]
 

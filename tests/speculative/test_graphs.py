@@ -130,7 +130,7 @@ def random_window(reader, seed, width=STEPS + 1) -> RoundWindow:
         seq_lens_cpu=committed,
         accept_lens=torch.randint(1, width + 1, (3,), generator=generator),
         tokens=torch.randint(0, 500, (3, width), generator=generator),
-        hidden=torch.randn(3, width, reader.rings.hidden.shape[-1], generator=generator),
+        hidden=torch.randn(3, width, reader.states.hidden.shape[-1], generator=generator),
     )
     return RoundWindow(reader, verified, STEPS + 1, WIDTH)
 

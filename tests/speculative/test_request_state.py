@@ -60,7 +60,8 @@ def passed(rows: int, steps: int = STEPS, seed: int = 0) -> list[torch.Tensor]:
 
 
 def note(store: RequestStore, pool_idx: list[int], probs: list[torch.Tensor]) -> None:
-    store.note_drafts(pool_idx, len(probs), SimpleNamespace(confidences=[], probs=probs))
+    counts = lambda requests: [len(probs)] * requests
+    store.note_drafts(pool_idx, SimpleNamespace(confidences=[], probs=probs, counts=counts))
 
 
 def test_no_memory_is_taken_for_the_whole_pool():

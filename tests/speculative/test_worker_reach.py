@@ -61,7 +61,7 @@ def test_reads_stay_within_the_rings_and_the_retained_positions(monkeypatch, ste
     """The toy layers refuse keys before the retained positions, `WitnessRings` any entry another position holds."""
     worker = make_worker(monkeypatch, steps, adaptive, full_width)
     rings = worker.upkeep.rings = WitnessRings(worker.upkeep.rings)
-    worker.upkeep.reader = replace(worker.upkeep.reader, rings=rings)
+    worker.upkeep.reader = replace(worker.upkeep.reader, states=rings)
     if adaptive:
         worker.depths = Laggiest(worker.settings)
     host = Host(worker)
