@@ -112,11 +112,11 @@ def test_rounds_of_any_depth_equal_a_full_recompute(monkeypatch, steps, full_wid
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("sliding", [400, 2000])
-@pytest.mark.parametrize("seed", range(3))
-def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, sliding, seed):
-    """Where slots are short as well: then nothing is drafted."""
-    worker = make_worker(monkeypatch, steps, adaptive=True, sliding=sliding)
+@pytest.mark.parametrize("sliding, states", [(400, None), (2000, None), (2000, 30), (400, 100)])
+@pytest.mark.parametrize("seed", range(2))
+def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, sliding, states, seed):
+    """Where slots or states are short as well: then nothing is drafted for whom it concerns."""
+    worker = make_worker(monkeypatch, steps, adaptive=True, sliding=sliding, states=states)
     worker.depths = RestingDepths(worker.settings, seed=steps)
     host = Host(worker, seed=20 + seed)
     play(host, 250)

@@ -17,6 +17,7 @@ from sglang_step35.speculative import device, draft, ring_upkeep, verify, worker
 from sglang_step35.speculative.acceptance import NO_DRAFT
 from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner
+from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.verify_graphs import NarrowStep
 from tests.support.plain_lookup import continuation
 from tests.support.sliding_slots import SlidingSlots
@@ -128,10 +129,12 @@ def make_worker(
     look_ups: int = 0,
     captured=(),
     sliding: int = 0,
+    states: int | None = None,
 ):
     """A worker over toy models, its memory allocated; full_width: as on CUDA; captured: the narrower widths there.
 
     sliding: slots of the sliding pool, which lets the worker keep hidden states by slot; 0: it has its rings.
+    states: how many of these.
     """
     spec = SimpleNamespace(
         speculative_num_steps=steps,
@@ -155,6 +158,8 @@ def make_worker(
         monkeypatch.setattr(worker, "verify_width", lambda needed, narrow, device: narrow.width(needed))
         monkeypatch.setattr(ring_upkeep, "window_width", lambda verified, widest, device: widest)
         monkeypatch.setattr(ring_upkeep, "pass_rows", lambda needed, captured, device: max(needed, captured))
+    if states:
+        monkeypatch.setattr(MTPSettings, "state_rows", lambda settings, earlier_keys, requests: states)
     pool = Pool()
     args = SimpleNamespace(enable_metrics=False, served_model_name="toy", enable_hierarchical_cache=not sliding)
     made = worker.Step35SpecWorker(args, 0, 0, TargetWorker(pool, 3))
