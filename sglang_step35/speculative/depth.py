@@ -79,6 +79,9 @@ class DepthPlanner:
         """
         drafted, offered, confidences = self._pending.popleft()
         self._entry.add_tokens(sum(accepted) + len(accepted))
+        if not any(offered):
+            none = [0] * (self.settings.num_draft_tokens - 1)
+            return none, none
         if self._measures:
             reached = _by_position(drafted, accepted, self.settings.num_steps)
             self._controller(len(offered)).observe_acceptance(*reached)

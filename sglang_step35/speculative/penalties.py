@@ -26,8 +26,8 @@ class PenaltyRule:
     def from_request(cls, req) -> "PenaltyRule | None":
         """None for a request without penalties."""
         params = req.sampling_params
-        rule = cls(params.frequency_penalty, params.presence_penalty, params.repetition_penalty)
-        return None if rule == cls(0.0, 0.0, 1.0) else rule
+        values = params.frequency_penalty, params.presence_penalty, params.repetition_penalty
+        return None if values == (0.0, 0.0, 1.0) else cls(*values)
 
 
 def penalise(logits: Tensor, counts: Tensor, drafts: Tensor, rule: PenaltyRule) -> Tensor:

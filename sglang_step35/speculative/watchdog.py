@@ -185,13 +185,13 @@ class Watchdog:
     def begin_round(self, reqs: Sequence, drafted: Sequence[int]) -> None:
         """A round verifies drafted[b] drafts of the MTP layers for each of these requests of SGLang's."""
         if reqs:  # idle batches are not reported back
-            long = self.settings.long_context
-            self._pending.append([(r.rid, causes(r, long), d) for r, d in zip(reqs, drafted, strict=True)])
+            rows = zip(reqs, drafted, strict=True) if any(drafted) else ()
+            self._pending.append([(r.rid, causes(r, self.settings.long_context), d) for r, d in rows])
 
     def observe(self, accepted: Sequence[int]) -> None:
         """Accepted drafts, looked-up ones included, of each request of the oldest round not yet reported."""
         round_ = self._pending.popleft()
-        if not any(drafted for _, _, drafted in round_):
+        if not round_:  # nothing was drafted
             return
         self._walks = {rid: self._walks.get(rid, {}) for rid, _, _ in round_}
         rows = [(rid, (kind, d, min(d, kept))) for (rid, kind, d), kept in zip(round_, accepted, strict=True) if d]
