@@ -9,6 +9,7 @@ begins or ends within a head its result is a partial softmax; whoever finishes l
 reading and writing is float32.
 """
 
+from ctypes import Structure, c_double, c_int64
 from functools import cache
 
 import numpy as np
@@ -24,15 +25,19 @@ KEYS = 64  # of a block: they and their values stay in the nearest cache, and lo
 _ADDRESSES = "q out keys values slots requests records rooms"
 _NUMBERS = "q_stride keys_stride values_stride heads group size width earlier_keys count record room parts"
 _COUNTERS = "started finished"
-_FIELDS = f"{_ADDRESSES} {_NUMBERS} {_COUNTERS}".split()
-TASK = np.dtype([(name, np.int64) for name in _FIELDS] + [("scale", np.float64)])
+
+
+class Task(Structure):
+    _fields_ = [(name, c_int64) for name in f"{_ADDRESSES} {_NUMBERS} {_COUNTERS}".split()] + [("scale", c_double)]
+
+
 # first_slot: its first key's in `slots`. first_block: its first among one head's blocks of all requests. Of the last
 # entry only this is read: the number of all blocks.
 REQUEST = np.dtype([(name, np.int64) for name in ("first_row", "rows", "end", "first_slot", "keys", "first_block")])
-_REQUEST_BYTES = REQUEST.itemsize
+_TASK, _REQUEST_BYTES = np.dtype(Task), REQUEST.itemsize
 _LOG2E = 1.4426950408889634
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-_STARTED, _FINISHED = (TASK.fields[name][1] for name in _COUNTERS.split())
+_STARTED, _FINISHED = (getattr(Task, name).offset for name in _COUNTERS.split())
 
 
 def record_floats(rows: int, size: int) -> int:
@@ -194,12 +199,12 @@ def _merge_parts(stored, task):
 
 @cache
 def compiled(kind: str):
-    """`void attend(TASK *)`, for all threads to call, where queries, pools and results are of this kind."""
+    """`void attend(Task *)`, for all threads to call, where queries, pools and results are of this kind."""
     stored = _STORED[kind]
 
     @cfunc(types.void(types.voidptr))
     def attend(address):
-        task = carray(address, 1, TASK)[0]
+        task = carray(address, 1, _TASK)[0]
         place = carray(address, 1, np.int64).ctypes.data
         while True:
             part = add_one(place + _STARTED)

@@ -80,7 +80,7 @@ def _largest(address, count):
 
 @njit(**EXACT)
 def _powers(address, count, shift):
-    """x = 2 ** (x - shift), at most 1, within 2e-7 of itself: the whole part as exponent bits, the rest a polynomial."""
+    """x = 2 ** (x - shift), at most 1, within 2e-7 of itself: a polynomial, and the whole part as exponent bits."""
     x = floats(address, count)
     for i in range(count):
         power = x[i] - shift

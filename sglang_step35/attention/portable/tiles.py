@@ -12,7 +12,6 @@ else is float32. Memory is given by its address.
 
 from functools import cache
 
-import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
