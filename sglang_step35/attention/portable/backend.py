@@ -1,4 +1,4 @@
-"""SGLang attention backend in plain torch for CPU: full and sliding-window layers on SGLang's KV pools.
+"""SGLang attention backend for CPUs in torch and numba: full and sliding-window layers on SGLang's KV pools.
 
 Letters: T query rows of a pass (flat over requests), B requests, H query heads, N key/value heads, D head size.
 """
@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_step35.attention.portable.kernel_calls import KernelCall, KVReader
-from sglang_step35.attention.portable.paged_call import reads
+from sglang_step35.attention.portable.paged_call import prepare, reads
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
 from sglang_step35.names import ATTENTION_BACKEND
@@ -45,6 +45,7 @@ class PortableAttnBackend(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self._reader = KVReader()
+        prepare(self.token_to_kv_pool.dtype)  # now, not in front of the first request
         self._hybrid = isinstance(self.token_to_kv_pool, SWAKVPool)
         self._plan(PassRows(self.req_to_token.new_empty(0, dtype=torch.int64), [], []), None)
 

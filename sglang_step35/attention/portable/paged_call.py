@@ -14,7 +14,7 @@ from sglang_step35.attention.portable.kernel_calls import KVReader
 from sglang_step35.attention.portable.tiles import lanes
 
 ALONE = 1 << 19  # products that one core has done before another one has begun
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def reads(pool: Tensor, dtype: torch.dtype) -> bool:
@@ -28,8 +28,9 @@ def reads(pool: Tensor, dtype: torch.dtype) -> bool:
 
 
 def prepare(dtype: torch.dtype) -> None:
-    """Compile the kernel, which takes seconds, if it has not been."""
-    paged_kernel.compiled(_NAMES[dtype])
+    """Compile the kernel for pools of this type, which takes seconds, if it reads them."""
+    if dtype in _NAMES:
+        paged_kernel.compiled(_NAMES[dtype])
 
 
 @dataclass(frozen=True)

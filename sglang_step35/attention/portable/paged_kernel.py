@@ -36,7 +36,7 @@ class Task(Structure):
 REQUEST = np.dtype([(name, np.int64) for name in ("first_row", "rows", "end", "first_slot", "keys", "first_block")])
 _TASK, _REQUEST_BYTES = np.dtype(Task), REQUEST.itemsize
 _LOG2E = 1.4426950408889634
-_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_STORED = {"float32": np.float32, "bfloat16": np.uint16}
 _STARTED, _FINISHED = (getattr(Task, name).offset for name in _COUNTERS.split())
 
 

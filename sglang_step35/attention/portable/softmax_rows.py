@@ -84,7 +84,7 @@ def _powers(address, count, shift):
     x = floats(address, count)
     for i in range(count):
         power = x[i] - shift
-        power = power if power > np.float32(-126) else np.float32(-126)
+        power = np.float32(-126) if power < np.float32(-126) else power  # a NaN stays one
         whole = np.floor(power + np.float32(0.5))
         rest = power - whole
         value = np.float32(1.5403530e-4)

@@ -6,7 +6,7 @@ is read of a key or value serves ROWS rows and each of a row several keys. A Zen
 
 Letters: R query rows, a multiple of ROWS, D head size, a multiple of `lanes()`, K keys, a multiple of KEYS_AT_ONCE.
 
-`stored` is how pools hold numbers: np.float32, np.float16, or np.uint16, the upper half of a float32 (bfloat16). All
+`stored` is how pools hold numbers: np.float32, or np.uint16, the upper half of a float32 (bfloat16). All
 else is float32. Memory is given by its address.
 """
 
@@ -18,11 +18,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 ROWS, KEYS_AT_ONCE = 4, 4
-LOC = 2
 LINE = 64  # bytes that a cache fetches together
 _FLOAT, _INT64, _INT32, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
-_STORED = {types.float32: _FLOAT, types.float16: ir.HalfType(), types.uint16: ir.IntType(16)}
-_WIDTH = {types.float32: 4, types.float16: 2, types.uint16: 2}
+_STORED = {types.float32: _FLOAT, types.uint16: ir.IntType(16)}
+_WIDTH = {types.float32: 4, types.uint16: 2}
 
 
 @cache
@@ -58,8 +57,6 @@ class _Code:
         found = self.builder.load(self._at(_vector(_STORED[self.stored]), address), align=_WIDTH[self.stored])
         if self.stored == types.float32:
             return found
-        if self.stored == types.float16:
-            return self.builder.fpext(found, _vector(_FLOAT))
         bits = self.builder.zext(found, _vector(_INT32))
         return self.builder.bitcast(self.builder.shl(bits, ir.Constant(bits.type, [16] * lanes())), _vector(_FLOAT))
 
@@ -105,7 +102,7 @@ class _Code:
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         with cgutils.for_range_slice(builder, _INT64(0), size, _INT64(LINE)) as (offset, _):
             place = builder.inttoptr(builder.add(address, offset), _BYTE)
-            builder.call(function, [place, _INT32(0), _INT32(LOC), _INT32(1)])
+            builder.call(function, [place, _INT32(0), _INT32(2), _INT32(1)])
 
     def at_number(self, address):
         return self._at(_FLOAT, address)
