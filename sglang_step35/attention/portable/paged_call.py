@@ -4,6 +4,7 @@ Letters: B requests, T query rows of the pass, H query heads, N key/value heads,
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def prepare(dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class PagedCall:
-    """requests: [B + 1] of REQUEST. slots: int64, of each request's keys in the order of their positions.
+    """requests: [B + 1, fields of REQUEST] int64. slots: int64, of each request's keys in the order of their positions.
 
     rows: the most of a request. pairs: rows times keys of all requests. blocks: of one head of all requests.
     """
@@ -58,14 +59,13 @@ class PagedCall:
         earlier_keys: int,
     ) -> "PagedCall":
         """spans: the keys, up to its end, that a request's rows see together; none where its rows are padding."""
-        requests = np.zeros(len(counts) + 1, paged_kernel.REQUEST)
-        for name, values in dict(first_row=first_rows, rows=counts, end=ends, keys=spans).items():
-            requests[name][:-1] = values
-        requests["first_slot"][1:] = np.cumsum(spans)
         # One block at least, by which rows that see nothing become 0.
-        requests["first_block"][1:] = np.cumsum([max(1, -(-span // paged_kernel.KEYS)) for span in spans])
+        blocks = [max(1, -(-span // paged_kernel.KEYS)) for span in spans]
+        starts = [[0, *accumulate(values)] for values in (spans, blocks)]
+        columns = [*first_rows, 0], [*counts, 0], [*ends, 0], starts[0], [*spans, 0], starts[1]
+        requests = np.array(columns).T.copy()
         pairs = sum(count * span for count, span in zip(counts, spans, strict=True))
-        return cls(requests, slots, earlier_keys, max(counts), pairs, int(requests["first_block"][-1]))
+        return cls(requests, slots, earlier_keys, max(counts), pairs, starts[1][-1])
 
     def run(self, q: Tensor, reader: KVReader, scale: float, out: Tensor) -> None:
         if q.stride()[1:] != (q.shape[2], 1):

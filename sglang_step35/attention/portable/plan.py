@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,13 +105,11 @@ def _paged(rows: PassRows, chosen: list[int], earlier_keys: int, find_slots: Slo
     counts, ends = [rows.counts[b] for b in chosen], [max(rows.ends[b], 0) for b in chosen]
     earlier = max(ends) if earlier_keys < 0 else earlier_keys
     spans = [min(end, earlier + count) for end, count in zip(ends, counts, strict=True)]
-    device = rows.requests.device
-    repeats = torch.tensor(spans, device=device)
-    requests = rows.requests if len(chosen) == len(rows.counts) else rows.requests[chosen]
-    behind = torch.tensor(ends, device=device) - repeats.cumsum(0)  # a position less its place among all keys
-    positions = torch.arange(sum(spans), device=device) + behind.repeat_interleave(repeats)
-    slots = find_slots(requests.repeat_interleave(repeats), positions)
-    return PagedCall.of([rows.first_rows[b] for b in chosen], counts, ends, spans, slots.contiguous(), earlier_keys)
+    behind = np.subtract(ends, np.cumsum(spans))  # a position less its place among the keys of all requests
+    positions = np.arange(sum(spans)) + behind.repeat(spans)
+    requests = rows.requests.numpy()[chosen].repeat(spans)
+    slots = find_slots(torch.from_numpy(requests), torch.from_numpy(positions))
+    return PagedCall.of([rows.first_rows[b] for b in chosen], counts, ends, spans, slots, earlier_keys)
 
 
 def _is_batched(rows: PassRows, b: int, earlier_keys: int) -> bool:

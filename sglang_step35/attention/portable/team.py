@@ -7,12 +7,11 @@ import torch
 
 
 def run(callback, argument: ctypes.Structure, threads: int) -> None:
-    """callback(address of the argument), a numba `cfunc`, once on each of up to so many threads, this one among them.
+    """callback(address of the argument), a numba `cfunc`, on each of so many threads, this one among them.
 
-    How many there are is for the callback to find out, as one it is where torch computes by another runtime than
-    OpenMP.
+    Where torch computes by another runtime than OpenMP it is this one alone: the callback shares out the work itself.
     """
-    parallel = _parallel() if threads > 1 else None
+    parallel = _parallel()
     if parallel is None:
         callback.ctypes(ctypes.addressof(argument))
     else:
@@ -21,7 +20,7 @@ def run(callback, argument: ctypes.Structure, threads: int) -> None:
 
 @cache
 def _parallel():
-    """`GOMP_parallel` of the OpenMP that torch has loaded: its threads are awake, others would have to share cores."""
+    """`GOMP_parallel` of the OpenMP that torch has loaded: threads of another pool would compete with its own."""
     if not torch.backends.openmp.is_available():
         return None
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
