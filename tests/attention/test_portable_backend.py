@@ -21,9 +21,14 @@ VERIFY, DRAFT = ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND_V2
 
 
 @pytest.fixture(params=[(1, True), (16, True), (1, False), (16, False)], ids=lambda p: f"page{p[0]}-hybrid{p[1]}")
-def host(request):
+def host(request, size):
     torch.manual_seed(0)
-    return Host(*request.param)
+    return Host(*request.param, size=size)
+
+
+@pytest.fixture(params=[SIZE, SIZE // 2], ids=["in_place", "gathered"])
+def size(request):
+    return request.param
 
 
 @pytest.fixture(params=["default", "tiny"])
@@ -69,16 +74,16 @@ def test_planned_rows_before_the_first_position(host, limits):
     check(host.attend(batch, spans))
 
 
-def test_bfloat16():
-    host = Host(dtype=torch.bfloat16)
+def test_bfloat16(size):
+    host = Host(dtype=torch.bfloat16, size=size)
     check(host.run(EXTEND, [(1, 0, 50), (2, 0, 9)]), tolerance=0.03)
     check(host.run(VERIFY, [(1, 50, 54), (2, 9, 13)]), tolerance=0.03)
 
 
 @pytest.mark.parametrize("mode", [DECODE, VERIFY, EXTEND], ids=lambda mode: mode.name)
-def test_evicted_slots_are_not_read(mode, limits):
+def test_evicted_slots_are_not_read(mode, limits, size):
     """KeySlots that slid out of the window are freed; whatever then stands in the dummy slot must not matter."""
-    host = Host()
+    host = Host(size=size)
     host.run(EXTEND, [(1, 0, 60), (2, 0, 5)])
     gone = host.req_to_token_pool.req_to_token[1, : 60 - EARLIER].long()
     swa = host.token_to_kv_pool.swa_kv_pool
@@ -91,12 +96,12 @@ def test_evicted_slots_are_not_read(mode, limits):
     check(host.run(mode, [(1, 60, 60 + rows), (2, 5, 5 + rows)]))
 
 
-def test_window_counts_the_own_key():
+def test_window_counts_the_own_key(size):
     """A change of the key EARLIER + 1 positions back leaves the row as it was; one EARLIER positions back does not."""
     outputs = []
     for changed in (None, 39 - EARLIER - 1, 39 - EARLIER):
         torch.manual_seed(1)
-        host = Host()
+        host = Host(size=size)
         host.run(EXTEND, [(1, 0, 39)])
         if changed is not None:
             slot = host.req_to_token_pool.req_to_token[1, changed].long()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_step35.attention.portable import functions, plan
+from sglang_step35.attention.portable import functions, paged_call, plan
 from sglang_step35.attention.portable.kernel_calls import BatchCall, KeySlots, KVReader, StreamCall, as_key_slots
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
@@ -41,7 +41,7 @@ def slot_table(batch: int, length: int, run: int) -> torch.Tensor:
     return runs[torch.randperm(len(runs))].flatten()[: batch * length].view(batch, length) + 1
 
 
-def compare(counts, ends, earlier_keys, *, group=2, run=1, dtype=torch.float32, tolerance=1e-5, call_keys=None):
+def compare(counts, ends, earlier_keys, *, group=2, run=1, dtype=torch.float32, tolerance=1e-5, call_keys=None, **cut):
     """Plan and run one layer over random pools, and check its rows. Slot 0 holds NaN: no request may read it."""
     length = max([*ends, 1])
     table = slot_table(len(counts), length, run)
@@ -50,7 +50,7 @@ def compare(counts, ends, earlier_keys, *, group=2, run=1, dtype=torch.float32, 
     k_pool[0] = v_pool[0] = torch.nan
     q = torch.randn(rows.total, 2 * group, 16).to(dtype)
     out = torch.full_like(q, torch.nan)
-    calls = cut_pass(rows, earlier_keys, lambda requests, positions: table[requests, positions], call_keys)
+    calls = cut_pass(rows, earlier_keys, lambda requests, positions: table[requests, positions], call_keys, **cut)
     reader = KVReader().of_layer(k_pool, v_pool)
     for call in calls:
         call.run(q, reader, SCALE, out)
@@ -86,6 +86,8 @@ def test_any_pass(data):
         "SHORTEST_RUN": draw(st.sampled_from([2, 8, 512])),
     }
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_call, "ALONE", 1)
+        patch.setattr(torch, "get_num_threads", lambda parts=draw(st.sampled_from([1, 2, 3, 8])): parts)
         for name, value in limits.items():
             patch.setattr(plan, name, value)
         compare(
@@ -95,6 +97,7 @@ def test_any_pass(data):
             group=draw(st.sampled_from([1, 3])),
             run=draw(st.sampled_from([1, 4, 16, 4096])),
             call_keys=draw(st.sampled_from([None, 1, 64])),
+            in_place=draw(st.booleans()),
         )
 
 

@@ -17,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_step35.attention.portable.backend import PortableAttnBackend
 from sglang_step35.platform.kv_pool import PortableMHATokenToKVPool
 
-FULL_HEADS, WINDOW_HEADS, KV_HEADS, SIZE = 4, 6, 2, 8
+FULL_HEADS, WINDOW_HEADS, KV_HEADS, SIZE = 4, 6, 2, 16
 EARLIER = 7  # a window of 8 keys
 SCALE = 0.4
 SLOTS, SWA_SLOTS, ROWS, LENGTH = 1024, 512, 8, 256
@@ -26,21 +26,22 @@ SLOTS, SWA_SLOTS, ROWS, LENGTH = 1024, 512, 8, 256
 class Host:
     """One full layer (0) and one sliding layer (1) over one set of pools.
 
+    size: of a head; the compiled kernel reads 16, not 8.
     `known[request][position]` is [layer, k or v, N, D] as last written there.
     """
 
     device = "cpu"
 
-    def __init__(self, page_size: int = 1, hybrid: bool = True, dtype: torch.dtype = torch.float32):
-        self.page_size, self.dtype = page_size, dtype
+    def __init__(self, page_size: int = 1, hybrid: bool = True, dtype: torch.dtype = torch.float32, size: int = SIZE):
+        self.page_size, self.dtype, self.size = page_size, dtype, size
         self.req_to_token_pool = ReqToTokenPool(ROWS, LENGTH, "cpu", enable_memory_saver=False)
         build = self._hybrid_pool if hybrid else self._single_pool
         self.token_to_kv_pool, self.allocator, parts = build()
         for part in parts:  # slots in no order, as after hours of serving
             part.free_pages = part.free_pages[torch.randperm(len(part.free_pages))]
         self.layers = [
-            RadixAttention(FULL_HEADS, SIZE, SCALE, KV_HEADS, 0),
-            RadixAttention(WINDOW_HEADS, SIZE, SCALE, KV_HEADS, 1, sliding_window_size=EARLIER),
+            RadixAttention(FULL_HEADS, self.size, SCALE, KV_HEADS, 0),
+            RadixAttention(WINDOW_HEADS, self.size, SCALE, KV_HEADS, 1, sliding_window_size=EARLIER),
         ]
         self.known: dict[int, list[torch.Tensor]] = {}
         self.backend = PortableAttnBackend(self)
@@ -52,7 +53,7 @@ class Host:
             self.page_size,
             self.dtype,
             KV_HEADS,
-            SIZE,
+            self.size,
             swa_attention_layer_ids=[1],
             full_attention_layer_ids=[0],
             device="cpu",
@@ -63,7 +64,7 @@ class Host:
 
     def _single_pool(self):
         pool = PortableMHATokenToKVPool(
-            SLOTS, self.page_size, self.dtype, KV_HEADS, SIZE, 2, "cpu", enable_memory_saver=False
+            SLOTS, self.page_size, self.dtype, KV_HEADS, self.size, 2, "cpu", enable_memory_saver=False
         )
         if self.page_size == 1:
             allocator = TokenToKVPoolAllocator(SLOTS, self.dtype, "cpu", pool, False)
@@ -113,9 +114,10 @@ class Host:
         and NaN for rows before position 0."""
         rows, results = self.rows(spans), []
         for layer, (k, v) in zip(self.layers, self._fresh(rows), strict=True):
-            q = torch.randn(len(rows), layer.tp_q_head_num * SIZE).to(self.dtype)
+            q = torch.randn(len(rows), layer.tp_q_head_num * self.size).to(self.dtype)
             out = self.backend.forward(q, k, v, layer, batch)
-            results.append((out.unflatten(1, (-1, SIZE)), self._expected(q.unflatten(1, (-1, SIZE)), layer, rows)))
+            q, out = (rows_of.unflatten(1, (-1, self.size)) for rows_of in (q, out))
+            results.append((out, self._expected(q, layer, rows)))
         return results
 
     def write(self, mode: ForwardMode, spans: list[tuple[int, int, int]]) -> None:
@@ -127,7 +129,7 @@ class Host:
 
     def _fresh(self, rows: list[tuple[int, int]]) -> torch.Tensor:
         """[layer, k or v, T, N, D], recorded."""
-        fresh = torch.randn(2, 2, len(rows), KV_HEADS, SIZE).to(self.dtype)
+        fresh = torch.randn(2, 2, len(rows), KV_HEADS, self.size).to(self.dtype)
         for i, (request, position) in enumerate(rows):
             known = self.known.setdefault(request, [])
             if position >= 0:

@@ -1,4 +1,4 @@
-"""SGLang attention backend in plain torch for CPU: full and sliding-window layers on SGLang's KV pools.
+"""SGLang attention backend for CPUs in torch and numba: full and sliding-window layers on SGLang's KV pools.
 
 Letters: T query rows of a pass (flat over requests), B requests, H query heads, N key/value heads, D head size.
 """
@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_step35.attention.portable.kernel_calls import KernelCall, KVReader
+from sglang_step35.attention.portable.paged_call import prepare, reads
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
 from sglang_step35.names import ATTENTION_BACKEND
@@ -44,6 +45,7 @@ class PortableAttnBackend(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self._reader = KVReader()
+        prepare(self.token_to_kv_pool.dtype)  # now, not in front of the first request
         self._hybrid = isinstance(self.token_to_kv_pool, SWAKVPool)
         self._plan(PassRows(self.req_to_token.new_empty(0, dtype=torch.int64), [], []), None)
 
@@ -80,15 +82,17 @@ class PortableAttnBackend(AttentionBackend):
         translate = self._hybrid and out_cache_loc is not None
         self._swa_out_loc = self.token_to_kv_pool.translate_loc_from_full_to_swa(out_cache_loc) if translate else None
 
-    def _calls_for(self, layer, key_bytes: int) -> list[KernelCall]:
-        """Kernel calls of the layer's kind, cut at the first layer that asks. key_bytes: of one key in the pool."""
+    def _calls_for(self, layer, keys: Tensor, dtype: torch.dtype) -> list[KernelCall]:
+        """Kernel calls of the layer's kind, cut at the first layer that asks. keys: its pool; dtype: of its queries."""
         window = layer.sliding_window_size
         earlier_keys = ALL_KEYS if window is None or window < 0 else window
         in_swa_pool = self._hybrid and self.token_to_kv_pool.layers_mapping[layer.layer_id][1]
         kind = earlier_keys, in_swa_pool
         if kind not in self._calls:
             find = self._find_swa_slots if in_swa_pool else self._find_slots
-            self._calls[kind] = cut_pass(self._rows, earlier_keys, find, CALL_BYTES // key_bytes)
+            self._calls[kind] = cut_pass(
+                self._rows, earlier_keys, find, CALL_BYTES // keys[0].nbytes, in_place=reads(keys, dtype)
+            )
         return self._calls[kind]
 
     def _find_slots(self, requests: Tensor, positions: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ class PortableAttnBackend(AttentionBackend):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         reader = self._reader.of_layer(keys, values)
-        for call in self._calls_for(layer, keys[0].nbytes):
+        for call in self._calls_for(layer, keys, q.dtype):
             call.run(q, reader, layer.scaling, out)
         if len(out) > self._rows.total:
             out[self._rows.total :] = 0

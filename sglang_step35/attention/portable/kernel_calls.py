@@ -49,12 +49,19 @@ class KVReader:
     """
 
     def __init__(self):
-        self._tensors: tuple[Tensor, ...] = ()
+        self.pools: tuple[Tensor, ...] = ()
         self._memory: list[Tensor | None] = [None, None]
+        self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def of_layer(self, k_pool: Tensor, v_pool: Tensor) -> "KVReader":
-        self._tensors = k_pool, v_pool
+        self.pools = k_pool, v_pool
         return self
+
+    def workspace(self, size: int) -> int:
+        """Address of so many bytes for one kernel call at a time."""
+        if self._workspace.numel() < size:
+            self._workspace = torch.empty(size, dtype=torch.uint8)
+        return self._workspace.data_ptr()
 
     def read(self, keys: KeySlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [K, N, D], or [B, K, N, D], in dtype, valid until the next read: views of the pools where
@@ -62,7 +69,7 @@ class KVReader:
         return self._read(0, keys, dtype), self._read(1, keys, dtype)
 
     def _read(self, which: int, keys: KeySlots, dtype: torch.dtype) -> Tensor:
-        pool = self._tensors[which]
+        pool = self.pools[which]
         if keys.slots is None:
             found = pool[keys.start : keys.start + keys.count]
         else:

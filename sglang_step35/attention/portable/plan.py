@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from sglang_step35.attention.portable.kernel_calls import (
     StreamCall,
     as_key_slots,
 )
+from sglang_step35.attention.portable.paged_call import PagedCall
 
 SHORT_ROWS = 16  # requests with at most this many rows are padded into one batch
 FULL_BLOCK_ROWS, WINDOW_BLOCK_ROWS = 1024, 128  # longer requests are cut into blocks of so many rows
@@ -73,17 +75,22 @@ class PassRows:
 
 
 def cut_pass(
-    rows: PassRows, earlier_keys: int, find_slots: SlotLookup, call_keys: int | None = None
+    rows: PassRows, earlier_keys: int, find_slots: SlotLookup, call_keys: int | None = None, in_place: bool = False
 ) -> list[KernelCall]:
     """Kernel calls of one kind of layers; every row is in exactly one.
 
     earlier_keys: keys before the row's own, -1 for all (config.ALL_KEYS). call_keys: padded keys a batched call may
-    read, CALL_KEYS by default; it exceeds that only for a single request.
+    read, CALL_KEYS by default; it exceeds that only for a single request. in_place: the compiled kernel reads the pools
+    for all requests of few rows.
     """
-    batched = [b for b in range(len(rows.counts)) if _is_batched(rows, b, earlier_keys)]
-    calls: list[KernelCall] = list(_batches(rows, batched, earlier_keys, find_slots, call_keys or CALL_KEYS))
+    if in_place:
+        few = [b for b, count in enumerate(rows.counts) if count > 0 and (count <= SHORT_ROWS or rows.ends[b] < count)]
+        calls: list[KernelCall] = [_paged(rows, few, earlier_keys, find_slots)] if few else []
+    else:
+        few = [b for b in range(len(rows.counts)) if _is_batched(rows, b, earlier_keys)]
+        calls = list(_batches(rows, few, earlier_keys, find_slots, call_keys or CALL_KEYS))
     block_rows = FULL_BLOCK_ROWS if earlier_keys < 0 else WINDOW_BLOCK_ROWS
-    for b in sorted(set(range(len(rows.counts))).difference(batched)):
+    for b in sorted(set(range(len(rows.counts))).difference(few)):
         for first, end, size in _blocks(rows, b, block_rows):
             flat = slice(first, first + size)
             request = rows.requests[b]
@@ -92,6 +99,17 @@ def cut_pass(
             else:
                 calls.append(_block(flat, request, end, earlier_keys, find_slots))
     return calls
+
+
+def _paged(rows: PassRows, chosen: list[int], earlier_keys: int, find_slots: SlotLookup) -> PagedCall:
+    counts, ends = [rows.counts[b] for b in chosen], [max(rows.ends[b], 0) for b in chosen]
+    earlier = max(ends) if earlier_keys < 0 else earlier_keys
+    spans = [min(end, earlier + count) for end, count in zip(ends, counts, strict=True)]
+    behind = np.subtract(ends, np.cumsum(spans))  # a position less its place among the keys of all requests
+    positions = np.arange(sum(spans)) + behind.repeat(spans)
+    requests = rows.requests.numpy()[chosen].repeat(spans)
+    slots = find_slots(torch.from_numpy(requests), torch.from_numpy(positions))
+    return PagedCall.of([rows.first_rows[b] for b in chosen], counts, ends, spans, slots, earlier_keys)
 
 
 def _is_batched(rows: PassRows, b: int, earlier_keys: int) -> bool:
