@@ -18,6 +18,8 @@ def accept_greedy(drafts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Returns tokens [B, D + 1] (entry j valid for j < length) and length [B] int64, the accepted
     drafts plus the one token the target adds itself.
     """
+    if not drafts.shape[1]:
+        return target, torch.ones_like(target[:, 0])
     matches = drafts == target[:, :-1]
     return target, _leading(matches) + 1
 

@@ -85,10 +85,11 @@ class DraftSampler:
 
         Steps without a draft are filled with NO_DRAFT, because the relay has a fixed width.
         """
-        drafts = list(self.drafts)
-        while len(drafts) < self.num_steps:
-            drafts.append(torch.full_like(bonus, NO_DRAFT, dtype=torch.int64))
-        drafts = torch.stack(drafts, dim=1)
+        missing = self.num_steps - len(self.drafts)
+        columns = [torch.stack(self.drafts, dim=1)] if self.drafts else []
+        if missing:
+            columns.append(bonus.new_full((len(bonus), missing), NO_DRAFT, dtype=torch.int64))
+        drafts = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
         if any(self.silent):
             drafts = drafts.masked_fill(torch.tensor(self.silent)[:, None], NO_DRAFT)
         return EagleDraftInput(

@@ -39,7 +39,9 @@ class SlotStates:
         slots, hidden = slots[-self.capacity :], hidden[-self.capacity :]
         entries = (self._next + torch.arange(len(slots))) % self.capacity + 1
         self._next = (self._next + len(slots)) % self.capacity
-        self._entry[slots], self._owner[entries], self.hidden[entries] = entries, slots, hidden
+        self._entry.index_copy_(0, slots, entries)
+        self._owner.index_copy_(0, entries, slots)
+        self.hidden.index_copy_(0, entries, hidden)
 
     def put(self, pool_indices: Tensor, positions: Tensor, hidden: Tensor) -> None:
         """Store hidden states of positions of pool indices; the same leading shape."""

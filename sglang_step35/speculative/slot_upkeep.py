@@ -84,7 +84,7 @@ class SlotUpkeep:
             width = verified.tokens.shape[1]
             yield RoundWindow(self.reader, verified, width, width + self.num_layers - 1)
             return
-        self._leave_out(pool_idx, verified)
+        self._leave_out(batch.out_cache_loc, pool_idx, verified)
         if not depth:
             yield None
             return
@@ -108,13 +108,11 @@ class SlotUpkeep:
         self.exact[self.to_sliding[slots]] = False
         self._owe(chunks.pool_idx)
 
-    def _leave_out(self, pool_idx: list[int], verified: Verified) -> None:
-        """Keep what a round's MTP pass would have been computed from, instead of `remember`: its own rows at once."""
-        width = verified.tokens.shape[1]
-        slots = self.states.slots(verified.requests[:, None], verified.seq_lens[:, None] + torch.arange(width))
-        self.states.keep(slots.flatten(), verified.hidden.flatten(0, 1))
-        self.states.tokens[slots] = verified.tokens
-        self.exact[self.to_sliding[slots]] = False
+    def _leave_out(self, slots: Tensor, pool_idx: list[int], verified: Verified) -> None:
+        """Keep what a round's MTP pass would have been computed from, as `remember` does; slots: [B * N], verified."""
+        self.states.keep(slots, verified.hidden.flatten(0, 1))
+        self.states.tokens.index_copy_(0, slots, verified.tokens.flatten())
+        self.exact.index_fill_(0, self.to_sliding.index_select(0, slots), False)
         self._owe(pool_idx)
 
     def _note(self, verified: Verified) -> None:

@@ -54,7 +54,7 @@ class TargetVerifier:
 
         proposal: [B, N - 1, V] probabilities the drafts were sampled from, None if greedy.
         """
-        ids = chain.clamp(min=0)
+        ids = chain.clamp(min=0) if chain.shape[1] > 1 else chain
         batch.spec_info = chain_verify_input(batch, self.target_worker, ids)
         grammar_tree = GrammarTree.from_linear_chain(ids) if batch.has_grammar else None
         forward_batch, can_run_graph = eagle_prepare_for_verify(

@@ -188,7 +188,7 @@ class Step35SpecWorker(BaseSpecWorker):
             self.watchdog.begin_round(batch.reqs, drafted)
         width = self._verify_width(offered, batch.seq_lens.device)
         bonus = draft_input.bonus_tokens.long()
-        chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1)
+        chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1) if width > 1 else bonus[:, None]
         proposal = None
         if not batch.sampling_info.is_all_greedy:  # [B, N - 1, V] are copied here
             proposal = self.store.probs.get(pool_idx, width - 1)
@@ -206,12 +206,12 @@ class Step35SpecWorker(BaseSpecWorker):
             seq_lens_cpu=seq_lens_cpu,
             accept_lens=outcome.accept_lens,
             tokens=outcome.tokens,
-            hidden=outcome.hidden.unflatten(0, outcome.tokens.shape),
+            hidden=outcome.hidden.view(*outcome.tokens.shape, -1),
         )
         sampler = self._draft(batch, pool_idx, verified, outcome.result.new_seq_lens)
         last = (outcome.accept_lens - 1)[:, None]
-        bonus = outcome.tokens.gather(1, last).squeeze(1)
-        outcome.result.next_draft_input = sampler.draft_input(bonus)
+        bonus = outcome.tokens.gather(1, last) if width > 1 else outcome.tokens
+        outcome.result.next_draft_input = sampler.draft_input(bonus.squeeze(1))
         if self.settings.look_ups:
             self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result

@@ -118,6 +118,8 @@ def forward_batch(batch, runner, **_unused):
 def prepare_for_verify(spec_info, pool, batch, target_worker):
     """SGLang's eagle_prepare_for_verify, without slots: the toy target looks them up."""
     batch.input_ids, batch.forward_mode = spec_info.draft_token, ForwardMode.TARGET_VERIFY
+    positions = batch.seq_lens[:, None] + torch.arange(spec_info.draft_token_num)
+    batch.out_cache_loc = pool.req_to_token[batch.req_pool_indices[:, None], positions].flatten()
     return forward_batch(batch, None), False
 
 
