@@ -24,9 +24,9 @@ class AdaptiveSettings:
     `enough` of them: whatever else the machine does only ever adds time.
     Other depths are measured anew as often as the tokens that this loses, as far as is known, stay
     below a share of `regret`, but not within probe_every rounds; the first time `curious` times as
-    soon. The first trial of all goes on for first_drafts drafts of the first layer. Where measuring
-    fails for `patience` rounds, because the batch keeps changing, the former cost stands. gain is the
-    advantage needed to change depth, so that noise does not.
+    soon, and plain decoding at once. The first trial of all goes on for first_drafts drafts of the first
+    layer. Where measuring fails for `patience` rounds, because the batch keeps changing, the former cost
+    stands. gain is the advantage needed to change depth, so that noise does not.
     """
 
     max_depth: int
@@ -124,7 +124,7 @@ class DepthController:
             self.acceptance, self._trial = list(former.acceptance), None
             self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
         self.prior = self.prior.times(former.scales())
-        self._tried = set(former._tried)
+        self._tried = former._tried - {0}
 
     def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
         """Note the time of a round that drafted and verified `depth` tokens; wide: and looked-up ones."""
@@ -218,6 +218,8 @@ class DepthController:
     def _wait(self, kind: int, rates: list[float]) -> float:
         """Rounds from one measurement of a kind of round to the next, where depths have these rates."""
         settings = self.settings
+        if kind == 0 and kind not in self._tried:  # what drafting must not lose to is measured first
+            return settings.enough
         if kind > settings.max_depth:
             seconds = [found for costs in (self.cost, self.wide_cost) if (found := costs[self.depth]) is not None]
             lost = 1 - min(seconds) / max(seconds) if seconds else 0.0
