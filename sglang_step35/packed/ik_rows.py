@@ -61,9 +61,9 @@ def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
 
 def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
     """A float32 result of this shape by our callback, which finds the sources behind it."""
-    from sglang_step35.packed.row_kernels import multiply  # numba compiles it for seconds: only where it is needed
+    from sglang_step35.packed.row_kernels import compiled  # importing numba takes a second: only where it is needed
 
-    out = library.ggml_map_custom1(library.arena, library.tensor(F32, *shape), multiply.address, EVERY_THREAD, None)
+    out = library.ggml_map_custom1(library.arena, library.tensor(F32, *shape), compiled().address, EVERY_THREAD, None)
     for place, source in enumerate(sources, start=1):
         out.contents.src[place] = cast(source, c_void_p)
     out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)

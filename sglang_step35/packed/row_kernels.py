@@ -7,12 +7,14 @@ Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activati
 """
 
 import ctypes
+from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from sglang_step35.numba_cache import callback, digest
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
 
 _OPTIONS = dict(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
@@ -128,28 +130,34 @@ def _store(out, row, other, left, right, is_gated, limit):
     out[row] = left * right
 
 
-@cfunc(_CALLBACK)
-def multiply(address, _shape, part, parts, _data):
-    """One thread's part: some rows of every matrix that is wanted.
+@cache
+def compiled():
+    sources = digest("packed.row_kernels", "packed.ik_library")
 
-    out [N, slots, T] at `address`; its sources from 1 on: matrices [K, N, E] twice, or of a gated network gate and up;
-    x [K, slots or 1, T]; ids [slots, T] int32 where there are several matrices, -1 for none, which gives zeros.
-    """
-    out = carray(address, _WORDS, np.int64)
-    limit = carray(address, 2 * _WORDS, np.float32)[_LIMIT]
-    x, ids, slots = _words(out[_SRC + 3]), out[_SRC + 4], out[_NE + 1]
-    count = slots * out[_NE + 2]
-    places = np.empty((2, count), np.int64)
-    for p in range(count):
-        number, wanted = _matrix_of(ids, p, slots), 0
-        for q in range(count):
-            if _matrix_of(ids, q, slots) != number:
-                continue
-            if q < p:  # done before
-                break
-            token, slot = q // slots, q % slots
-            places[0, wanted] = x[_DATA] + token * x[_NB + 2] + slot % x[_NE + 1] * x[_NB + 1]
-            places[1, wanted] = out[_DATA] + token * out[_NB + 2] + slot * out[_NB + 1]
-            wanted += 1
-        if wanted:
-            _matrix(out, number, places, wanted, limit, part, parts)
+    @callback(_CALLBACK)
+    def multiply(address, _shape, part, parts, _data):
+        """One thread's part: some rows of every matrix that is wanted.
+
+        out [N, slots, T] at `address`; its sources from 1 on: matrices [K, N, E] twice, or of a gated network gate and
+        up; x [K, slots or 1, T]; ids [slots, T] int32 where there are several matrices, -1 for none, which gives zeros.
+        """
+        out = carray(address, _WORDS, np.int64)
+        limit = carray(address, 2 * _WORDS, np.float32)[_LIMIT]
+        x, ids, slots = _words(out[_SRC + 3]), out[_SRC + 4], out[_NE + 1]
+        count = slots * out[_NE + 2] if sources else 0  # for the key of the cache
+        places = np.empty((2, count), np.int64)
+        for p in range(count):
+            number, wanted = _matrix_of(ids, p, slots), 0
+            for q in range(count):
+                if _matrix_of(ids, q, slots) != number:
+                    continue
+                if q < p:  # done before
+                    break
+                token, slot = q // slots, q % slots
+                places[0, wanted] = x[_DATA] + token * x[_NB + 2] + slot % x[_NE + 1] * x[_NB + 1]
+                places[1, wanted] = out[_DATA] + token * out[_NB + 2] + slot * out[_NB + 1]
+                wanted += 1
+            if wanted:
+                _matrix(out, number, places, wanted, limit, part, parts)
+
+    return multiply

@@ -13,11 +13,13 @@ from ctypes import Structure, c_double, c_int64
 from functools import cache
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 
 from sglang_step35.attention.portable.softmax_rows import EXACT, NEVER, fill, floats, merge, narrow, weigh, widen
 from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, pointer, scores
+from sglang_step35.numba_cache import callback, digest
 
+_SOURCES = "paged_kernel", "softmax_rows", "tiles"
 KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
 # Addresses of memory without gaps, but for rows of q and slots of keys and values, which stand `*_stride` bytes apart.
 # q, out: [T, H, D]. keys, values: [S, N, D]. slots: int64, request after request. requests: [count + 1] of REQUEST.
@@ -200,13 +202,13 @@ def _merge_parts(stored, task):
 @cache
 def compiled(kind: str):
     """`void attend(Task *)`, for all threads to call, where queries, pools and results are of this kind."""
-    stored = _STORED[kind]
+    stored, sources = _STORED[kind], digest(*(f"attention.portable.{name}" for name in _SOURCES))
 
-    @cfunc(types.void(types.voidptr))
+    @callback(types.void(types.voidptr))
     def attend(address):
         task = carray(address, 1, _TASK)[0]
         place = carray(address, 1, np.int64).ctypes.data
-        while True:
+        while sources:  # true; closed over for the key of the cache
             part = add_one(place + _STARTED)
             if part >= task.parts:
                 return
