@@ -1,7 +1,7 @@
 """The MTP layers' KV computed only where drafts need it, from what every KV slot keeps (`slot_states.py`). CPUs.
 
-Exact KV of the MTP layers costs the same whether drafts pay or not. While nothing is drafted, and inside prompts, it is
-left out; what is drafted from next computes it for the positions that count. A sliding layer reads `earlier_keys` back,
+Exact KV of the MTP layers costs the same whether drafts pay or not. While nothing is drafted it is left out, of prompts
+as well; the first pass with drafts computes it for the positions that count. A sliding layer reads `earlier_keys` back,
 and each layer the one before it, so that these are the last S windows at most. Shared prefixes may lack it, too.
 Letters: B requests, N verified tokens, S MTP layers, H hidden size, R rows.
 """
@@ -130,7 +130,7 @@ class SlotUpkeep:
             self.owes[index] = True
 
     def _span(self, pool_idx: int, since: int, end: int) -> Span:
-        """Rows up to `end`, exact in every layer from all on that passes behind `since` read.
+        """Rows up to `end` that leave exact KV in every layer for all that passes behind `since` read.
 
         Where hidden states of these are gone, the last row alone, which means nothing.
         """
