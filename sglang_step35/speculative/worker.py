@@ -153,9 +153,9 @@ class Step35SpecWorker(BaseSpecWorker):
         if on_publish is not None:
             on_publish(result.new_seq_lens)
         count_first_tokens(self.store.counts, batch.reqs, result.next_token_ids)
-        chunks, sampler = Chunks.of(batch), self._sampler(batch, batch.seq_lens)
-        tokens, hidden = result.next_token_ids, result.logits_output.hidden_states
-        with self.upkeep.prefill(batch, chunks, tokens, hidden, drafts=not self.depths.rests) as found:
+        chunks, sampler, tokens = Chunks.of(batch), self._sampler(batch, batch.seq_lens), result.next_token_ids
+        drafts = not self.depths.rests and any(map(depth_limit, batch.reqs))
+        with self.upkeep.prefill(batch, chunks, tokens, result.logits_output.hidden_states, drafts) as found:
             if found is not None:
                 sampler.silent = found.silent
                 with self.depths.entering(sum(chunks.final)):
@@ -252,7 +252,7 @@ class Step35SpecWorker(BaseSpecWorker):
     def _draft(self, batch, pool_idx: list[int], verified: Verified, positions: Tensor) -> DraftSampler:
         """Bring the MTP layers up to the committed length, positions [B], and draft the next chain."""
         depth = self.depths.next_depth(len(pool_idx))
-        if self.settings.adaptive:  # layers may be left out
+        if self.settings.adaptive or self.settings.by_slot:  # layers may be left out
             depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
         sampler = self._sampler(batch, positions, may_stop=depth > 1)
         with self.upkeep.round(batch, pool_idx, verified, depth) as window:

@@ -6,7 +6,8 @@
 import pytest
 
 from tests.support.cache_fuzz import OFF_ARGS, SMALL_ARGS, Case, ask, record, replay
-from tests.support.nano_model import greedy, prompts
+from tests.support.nano_model import generate, greedy, histogram, prompts
+from tests.support.offline_rounds import offline_rounds
 
 pytestmark = pytest.mark.server
 REQUESTS, SEED = 150, 7
@@ -53,6 +54,26 @@ def test_a_turn_recomputes_only_what_is_new(serve, page):
         known = len(history) - LOOKAHEAD
         assert found.cached in {max(0, rows) // page * page for rows in (known - 1, known)}
         history = [*ids, *found.ids]
+
+
+@pytest.mark.parametrize("page", [1, 16], scope="module")
+@pytest.mark.parametrize("behind", [0, 100])
+def test_a_prefix_whose_request_drafted_nothing_costs_no_draft(serve, page, behind):
+    """Its MTP KV was left out; three windows of it are computed when it is drafted from, where most of their sliding
+    slots are gone, at its end and somewhere inside."""
+    server = serve(*SMALL_ARGS, "--page-size", str(page))
+    server.flush_cache()
+    ids = [token for prompt in prompts()[150:156] for token in prompt][:200]
+    former = generate(server, ids, 120, custom_params={"speculative_depth": 0})
+    assert histogram(former)[1:] == [0, 0, 0]
+    for turn in range(2):  # the second time it is there
+        chat = [*ids, *former["output_ids"]][: 320 - behind] + prompts()[160 + turn][:30]
+        answer = generate(server, chat, 60)
+        assert answer["meta_info"]["cached_tokens"] > 150
+        output = greedy(tuple(chat), 60 + LOOKAHEAD)
+        assert answer["output_ids"] == output[:60]
+        expected = offline_rounds(chat, output, 60)
+        assert histogram(answer) == [expected[accepted] for accepted in range(4)]
 
 
 def test_turns_accept_as_many_drafts_as_without_a_cache(serve):
