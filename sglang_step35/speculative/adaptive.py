@@ -26,7 +26,8 @@ class AdaptiveSettings:
     below a share of `regret`, but not within probe_every rounds; the first time `curious` times as
     soon, and plain decoding at once. The first trial of all goes on for first_drafts drafts of the first
     layer. Where measuring fails for `patience` rounds, because the batch keeps changing, the former cost
-    stands. gain is the advantage needed to change depth, so that noise does not.
+    stands. gain is the advantage needed to change depth, so that noise does not. What the first pass with drafts
+    has to catch up with is to be earned within `horizon` rounds.
     """
 
     max_depth: int
@@ -41,6 +42,7 @@ class AdaptiveSettings:
     curious: int = 4
     patience: int = 12
     gain: float = 0.02
+    horizon: int = 128
 
 
 def expected_tokens(acceptance: list[float], depth: int) -> float:
@@ -67,7 +69,8 @@ class Foretold:
     """What rounds of a batch cost before any is timed, in any unit.
 
     by_depth: [max_depth + 1]. upkeep: what a round without drafts leaves for a later pass of the MTP layers, whose time
-    no round of its depth shows. catch_up: of the first pass with drafts behind many rounds without.
+    no round of its depth shows. catch_up: of the first pass with drafts behind so many rounds without that the layers
+    have all to compute that they ever read.
     """
 
     by_depth: Sequence[float]
@@ -84,14 +87,16 @@ class Foretold:
 class DepthController:
     """Running estimates for one batch-size bucket, and the depth they lead to.
 
-    entry: seconds a batch pays for each token of one request before any draft, see `entry_cost`. acceptance:
-    [max_depth] conditional rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
+    entry: seconds a batch pays for each token of one request before any draft, see `entry_cost`. owed: what the batch
+    has to catch up with before its next draft, as a share of `Foretold.catch_up`. acceptance: [max_depth] conditional
+    rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
     too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
     """
 
     settings: AdaptiveSettings
     prior: Foretold
     entry: float = 0.0
+    owed: float = 0.0
     acceptance: list[float] = field(init=False)
     depth: int = field(init=False)
     cost: list[float | None] = field(init=False)
@@ -154,7 +159,7 @@ class DepthController:
             if self.cost[self._trial] is None:
                 self.cost[self._trial] = self._former
         self._trial, self._unmeasured = None, 0
-        costs = self._with_entry(self._costs())
+        costs = self._with_debts(self._costs())
         self.depth = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
@@ -197,9 +202,10 @@ class DepthController:
         """Tokens a second by depth."""
         return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(costs)]
 
-    def _with_entry(self, costs: list[float]) -> list[float]:
-        """Rounds with drafts bear their share of what requests paid to have any."""
-        drafting = (cost + self.entry * expected_tokens(self.acceptance, d) for d, cost in enumerate(costs) if d)
+    def _with_debts(self, costs: list[float]) -> list[float]:
+        """Rounds with drafts bear their share of what requests paid to have any, and of what is owed before."""
+        debt = self.owed * self.prior.times(self.scales()).catch_up / self.settings.horizon
+        drafting = (cost + debt + self.entry * expected_tokens(self.acceptance, d) for d, cost in enumerate(costs) if d)
         return [costs[0], *drafting]
 
     def _costs(self) -> list[float]:
@@ -233,7 +239,7 @@ class DepthController:
         """Rounds without drafts that take as long as what comes before one of this kind with them."""
         if self.depth or not 0 < kind <= self.settings.max_depth:
             return 0.0
-        return self.prior.catch_up / self.prior.by_depth[0]
+        return self.owed * self.prior.catch_up / self.prior.by_depth[0]
 
     def _probe(self, kind: int) -> int:
         """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""

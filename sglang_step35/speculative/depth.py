@@ -103,12 +103,12 @@ class DepthPlanner:
         """So many prompts were prefilled."""
         self._entry.add_prompts(count)
 
-    def next_depth(self, batch_size: int) -> int:
-        """MTP layers' drafts of the next round."""
+    def next_depth(self, batch_size: int, owed: float = 0.0) -> int:
+        """MTP layers' drafts of the next round; owed: see `DepthController`."""
         if not self._measures:
             return self.settings.num_steps
         controller = self._controller(batch_size)
-        controller.entry = batch_size * self._entry.per_token(batch_size)
+        controller.entry, controller.owed = batch_size * self._entry.per_token(batch_size), owed
         depth = controller.next_depth()
         self.rests = depth == 0
         return depth

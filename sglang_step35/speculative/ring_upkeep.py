@@ -36,6 +36,10 @@ class RingUpkeep:
         """A round verifies these requests."""
         self.rings.leave_prefill(pool_idx)
 
+    def owed(self, pool_idx: Sequence[int]) -> float:
+        """Nothing that rounds without drafts were not charged for."""
+        return 0.0
+
     def foretold(self, cost: RoundCost, batch: int) -> Foretold:
         """Of rounds of `batch` requests."""
         return Foretold(cost.by_depth(batch), upkeep=cost.upkeep(batch, self.lag.wait(batch)))

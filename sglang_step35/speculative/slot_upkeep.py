@@ -50,14 +50,20 @@ class SlotUpkeep:
         self.allocator, self.num_layers, self.earlier_keys = allocator, settings.num_steps, earlier_keys
         self.retained, self.reach = settings.retained(earlier_keys), settings.reach(earlier_keys)
         self.exact = torch.zeros(allocator.size_swa + allocator.page_size, dtype=torch.bool, device=table.device)
-        self.owes = [False] * len(table)  # by pool index: whether rounds have more to compute than their own rows
+        # By pool index: rows, at most, that a pass has to compute beside a round's own.
+        self.debts = [0] * len(table)
 
     def begin_round(self, pool_idx: Sequence[int]) -> None:
         """Nothing to note."""
 
     def foretold(self, cost: RoundCost, batch: int) -> Foretold:
         """Of rounds of `batch` requests."""
-        return Foretold(cost.by_depth(batch), catch_up=cost.catch_up(batch * self.num_layers * self.earlier_keys))
+        return Foretold(cost.by_depth(batch), catch_up=cost.catch_up(batch * self.reach))
+
+    def owed(self, pool_idx: Sequence[int]) -> float:
+        """What these requests have to catch up with before their next draft, as a share of all they ever read."""
+        rows = sum(min(self.reach, self.debts[index]) for index in pool_idx)
+        return rows / (self.reach * max(1, len(pool_idx)))
 
     @contextmanager
     def prefill(
@@ -79,7 +85,7 @@ class SlotUpkeep:
         self, batch, pool_idx: list[int], verified: Verified, depth: int
     ) -> Iterator[RoundWindow | CatchUp | None]:
         """The pass behind a verify step; None where nothing is to be drafted, or slots are short for what is owed."""
-        if depth and not any(self.owes[index] for index in pool_idx):
+        if depth and not any(self.debts[index] for index in pool_idx):
             self._note(verified)
             width = verified.tokens.shape[1]
             yield RoundWindow(self.reader, verified, width, width + self.num_layers - 1)
@@ -106,14 +112,14 @@ class SlotUpkeep:
         self.states.keep(slots, hidden)
         self.states.tokens[slots] = torch.tensor(tokens)
         self.exact[self.to_sliding[slots]] = False
-        self._owe(chunks.pool_idx)
+        self._owe(chunks.pool_idx, chunks.ends)
 
     def _leave_out(self, slots: Tensor, pool_idx: list[int], verified: Verified) -> None:
         """Keep what a round's MTP pass would have been computed from, as `remember` does; slots: [B * N], verified."""
         self.states.keep(slots, verified.hidden.flatten(0, 1))
         self.states.tokens.index_copy_(0, slots, verified.tokens.flatten())
         self.exact.index_fill_(0, self.to_sliding.index_select(0, slots), False)
-        self._owe(pool_idx)
+        self._owe(pool_idx, [self.debts[index] + verified.tokens.shape[1] for index in pool_idx])
 
     def _note(self, verified: Verified) -> None:
         """Mark the rows of a pass's window: exact are those whose tokens are true in the deepest layer, too."""
@@ -125,9 +131,9 @@ class SlotUpkeep:
         self.exact[self.to_sliding[slots].where(positions >= 0, 0)] = true
         self.exact[0] = False  # nobody's
 
-    def _owe(self, pool_idx: Sequence[int]) -> None:
-        for index in pool_idx:
-            self.owes[index] = True
+    def _owe(self, pool_idx: Sequence[int], rows: Sequence[int]) -> None:
+        for index, count in zip(pool_idx, rows, strict=True):
+            self.debts[index] = count
 
     def _span(self, pool_idx: int, since: int, end: int) -> Span:
         """Rows up to `end` that leave exact KV in every layer for all that passes behind `since` read.
@@ -149,7 +155,6 @@ class SlotUpkeep:
         requests = list(zip(pool_idx, since, ends, strict=True))
         room = self._make_room(batch, lambda: [self._span(*request) for request in requests])
         if room is None:
-            self._owe(pool_idx)
             yield None
             return
         spans, rows, gone = room
@@ -160,8 +165,7 @@ class SlotUpkeep:
         with self._lending(gone):
             yield CatchUp(self.reader, made, self.states.hidden[self.states.entries(rows.slots)], silent)
         self._mark(rows, spans, sliding)
-        for index, owes in zip(pool_idx, silent, strict=True):
-            self.owes[index] = owes
+        self._owe(pool_idx, [self.reach * owes for owes in silent])
 
     def _mark(self, rows: MTPPassInput, spans: list[Span], sliding: Tensor) -> None:
         """Note what a pass over these rows, in these sliding slots, has made exact."""

@@ -251,7 +251,7 @@ class Step35SpecWorker(BaseSpecWorker):
 
     def _draft(self, batch, pool_idx: list[int], verified: Verified, positions: Tensor) -> DraftSampler:
         """Bring the MTP layers up to the committed length, positions [B], and draft the next chain."""
-        depth = self.depths.next_depth(len(pool_idx))
+        depth = self.depths.next_depth(len(pool_idx), self.upkeep.owed(pool_idx))
         if self.settings.adaptive or self.settings.by_slot:  # layers may be left out
             depth = min(depth, max(map(depth_limit, batch.reqs), default=depth))
         sampler = self._sampler(batch, positions, may_stop=depth > 1)

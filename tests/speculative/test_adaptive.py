@@ -340,6 +340,18 @@ def test_drafting_bears_its_share_of_what_requests_pay_before_their_first_draft(
         assert controller.next_depth() == depth, entry
 
 
+def test_drafts_come_back_only_where_they_earn_what_is_owed_within_a_while():
+    """Depth 1 gives 1.5 tokens in 12 ms. Catching up takes 200 ms: 128 rounds would have to earn it."""
+    for owed, depth in ((0.0, 1), (0.1, 1), (1.0, 1), (5.0, 0)):
+        settings = AdaptiveSettings(max_depth=1, first_drafts=0)
+        controller = DepthController(settings, Foretold([40, 48], catch_up=800))
+        controller.acceptance, controller.depth, controller.owed = [0.5], 0, owed
+        for d, seconds in ((0, 0.010), (1, 0.012)):
+            for _ in range(3):
+                controller.observe_round(d, seconds)
+        assert controller.next_depth() == depth, owed
+
+
 def test_a_prompts_pass_is_spread_over_the_tokens_that_requests_have():
     """Running requests have yet to show theirs."""
     cost = EntryCost()
@@ -366,6 +378,7 @@ def test_trials_behind_many_rounds_without_drafts_are_as_rare_as_catching_up_is_
     controller = DepthController(AdaptiveSettings(max_depth=1), foretold)
     trials, resting = 0, True
     for _ in range(20_000):
+        controller.owed = float(resting)
         depth = controller.next_depth()
         trials, resting = trials + (depth > 0 and resting), depth == 0
         controller.observe_round(depth, 0.010 + 0.005 * depth)

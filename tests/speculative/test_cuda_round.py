@@ -71,7 +71,7 @@ def test_rounds_of_any_depth_wait_for_nothing_and_verify_what_they_drafted(cuda,
     relay = cuda_host.prefill(worker, requests).next_draft_input
     for depth in (3, 0, 0, 1, 2, 3, 3):
         cuda.found.clear()
-        monkeypatch.setattr(worker.depths, "next_depth", lambda size, depth=depth: depth)
+        monkeypatch.setattr(worker.depths, "next_depth", lambda size, owed, depth=depth: depth)
         caught_up = worker.upkeep.lag.of(0) == 0
         relay = cuda_host.round_of(worker, requests, relay).next_draft_input
         assert cuda.found == [] or not caught_up

@@ -19,7 +19,7 @@ class RandomDepths(Witness):
         super().__init__(settings)
         self.chance = random.Random(seed)
 
-    def next_depth(self, batch_size):
+    def next_depth(self, batch_size, owed=0.0):
         return self.chance.choice([0, 0, *range(self.settings.num_steps + 1)])
 
     def look_ups_pay(self, drafted, tokens):
@@ -35,7 +35,7 @@ class RandomDepths(Witness):
 class RestingDepths(RandomDepths):
     """Long times without drafts and with them, prefills among them."""
 
-    def next_depth(self, batch_size):
+    def next_depth(self, batch_size, owed=0.0):
         if self.chance.random() < 0.1:
             self.rests = not self.rests
         return 0 if self.rests else self.chance.choice([0, *range(self.settings.num_steps + 1)])

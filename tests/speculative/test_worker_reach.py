@@ -50,7 +50,7 @@ class WitnessRings(RequestRings):
 class Laggiest(Witness):
     """Never drafts: layers run only where they must catch up."""
 
-    def next_depth(self, batch_size):
+    def next_depth(self, batch_size, owed=0.0):
         return 0
 
 
