@@ -105,7 +105,7 @@ _SIGNATURES: dict[str, tuple] = {
 
 
 class Scratch:
-    """Memory that one graph at a time may write; it grows to the largest size asked for and is never given back."""
+    """Memory that one graph or kernel at a time may write; it grows to the largest size asked for and stays."""
 
     def __init__(self):
         self._bytes = torch.empty(0, dtype=torch.uint8)

@@ -132,6 +132,7 @@ def _store(out, row, other, left, right, is_gated, limit):
 
 @cache
 def compiled():
+    """`multiply`, whose address is one of ggml's callbacks."""
     sources = digest("packed.row_kernels", "packed.ik_library")
 
     @callback(_CALLBACK)

@@ -159,7 +159,7 @@ class DepthController:
             if self.cost[self._trial] is None:
                 self.cost[self._trial] = self._former
         self._trial, self._unmeasured = None, 0
-        costs = self._with_debts(self._costs())
+        costs = self._costs(with_debts=True)
         self.depth = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
@@ -202,16 +202,17 @@ class DepthController:
         """Tokens a second by depth."""
         return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(costs)]
 
-    def _with_debts(self, costs: list[float]) -> list[float]:
-        """Rounds with drafts bear their share of what requests paid to have any, and of what is owed before."""
-        debt = self.owed * self.prior.times(self.scales()).catch_up / self.settings.horizon
-        drafting = (cost + debt + self.entry * expected_tokens(self.acceptance, d) for d, cost in enumerate(costs) if d)
-        return [costs[0], *drafting]
+    def _costs(self, with_debts: bool = False) -> list[float]:
+        """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one.
 
-    def _costs(self) -> list[float]:
-        """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one."""
+        with_debts: rounds with drafts bear their share of what requests paid to have any, and of what is owed before.
+        """
         foretold = self.prior.times(self.scales())
         costs = [foretold.by_depth[0] + foretold.upkeep, *foretold.by_depth[1:]]
+        if with_debts:
+            debt = self.owed * foretold.catch_up / self.settings.horizon
+            for depth in range(1, len(costs)):
+                costs[depth] += debt + self.entry * expected_tokens(self.acceptance, depth)
         return [inf if depth < self.settings.min_depth else cost for depth, cost in enumerate(costs)]
 
     def scales(self) -> list[float]:

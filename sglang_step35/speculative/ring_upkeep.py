@@ -32,10 +32,6 @@ class RingUpkeep:
         self.reader = WindowReader(self.rings, table, settings.num_steps)
         set_lag(req_to_token_pool, self.lag.of)
 
-    def begin_round(self, pool_idx: Sequence[int]) -> None:
-        """A round verifies these requests."""
-        self.rings.leave_prefill(pool_idx)
-
     def owed(self, pool_idx: Sequence[int]) -> float:
         """Nothing that rounds without drafts were not charged for."""
         return 0.0
@@ -60,6 +56,7 @@ class RingUpkeep:
     def round(self, batch, pool_idx: list[int], verified: Verified, depth: int) -> Iterator[RoundWindow | None]:
         """The pass behind a verify step; None where nothing is to be drafted and the layers may lag."""
         lag, width, device = self.lag, verified.tokens.shape[1], verified.tokens.device
+        self.rings.leave_prefill(pool_idx)
         if not depth and not lag.is_due(pool_idx, width, self.settings.num_draft_tokens):
             self.reader.remember(verified)
             lag.note(pool_idx, width)

@@ -88,11 +88,11 @@ class RoundCost:
 
     def upkeep(self, batch: int, rounds: int) -> float:
         """Of what a plain decode step leaves for a pass of all MTP layers every so many rounds."""
-        return self._layers(batch * rounds) / rounds
+        return self.mtp_pass(batch * rounds) / rounds
 
-    def catch_up(self, rows: int) -> float:
+    def mtp_pass(self, rows: float) -> float:
         """Of one pass of all MTP layers over so many rows."""
-        return self._layers(rows)
+        return sum(layer.pass_of(rows, self.pace) + self.pace.layer for layer in self.drafts)
 
     def _verify(self, rows: int) -> float:
         chosen = self.routed.number * self.share * rows * self.pace.product
@@ -103,10 +103,7 @@ class RoundCost:
         if not depth:
             return 0.0
         rows = batch * (len(self.drafts) + depth / 2)  # about half of the drafts come true
-        return self._layers(rows) + depth * self.head.pass_of(batch, self.pace)
-
-    def _layers(self, rows: int) -> float:
-        return sum(layer.pass_of(rows, self.pace) + self.pace.layer for layer in self.drafts)
+        return self.mtp_pass(rows) + depth * self.head.pass_of(batch, self.pace)
 
     def touched(self, tokens: int) -> float:
         """Share of the experts that at least one of the tokens chooses."""

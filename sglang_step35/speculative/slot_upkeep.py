@@ -53,12 +53,9 @@ class SlotUpkeep:
         # By pool index: rows, at most, that a pass has to compute beside a round's own.
         self.debts = [0] * len(table)
 
-    def begin_round(self, pool_idx: Sequence[int]) -> None:
-        """Nothing to note."""
-
     def foretold(self, cost: RoundCost, batch: int) -> Foretold:
         """Of rounds of `batch` requests."""
-        return Foretold(cost.by_depth(batch), catch_up=cost.catch_up(batch * self.reach))
+        return Foretold(cost.by_depth(batch), catch_up=cost.mtp_pass(batch * self.reach))
 
     def owed(self, pool_idx: Sequence[int]) -> float:
         """What these requests have to catch up with before their next draft, as a share of all they ever read."""
@@ -109,17 +106,19 @@ class SlotUpkeep:
             tokens += chunks.ids[b][prefix + 1 : end + 1]
             tokens += [next_token_ids[b]] * chunks.final[b]
         slots = self.states.slots(torch.tensor(owners), torch.tensor(positions))
-        self.states.keep(slots, hidden)
-        self.states.tokens[slots] = torch.tensor(tokens)
-        self.exact[self.to_sliding[slots]] = False
+        self._keep(slots, hidden, torch.tensor(tokens))
         self._owe(chunks.pool_idx, chunks.ends)
 
     def _leave_out(self, slots: Tensor, pool_idx: list[int], verified: Verified) -> None:
         """Keep what a round's MTP pass would have been computed from, as `remember` does; slots: [B * N], verified."""
-        self.states.keep(slots, verified.hidden.flatten(0, 1))
-        self.states.tokens.index_copy_(0, slots, verified.tokens.flatten())
-        self.exact.index_fill_(0, self.to_sliding.index_select(0, slots), False)
+        self._keep(slots, verified.hidden.flatten(0, 1), verified.tokens.flatten())
         self._owe(pool_idx, [self.debts[index] + verified.tokens.shape[1] for index in pool_idx])
+
+    def _keep(self, slots: Tensor, hidden: Tensor, tokens: Tensor) -> None:
+        """Hidden states [N, H] and the tokens [N] behind positions with these slots [N], whose KV is yet to come."""
+        self.states.keep(slots, hidden)
+        self.states.tokens.index_copy_(0, slots, tokens)
+        self.exact.index_fill_(0, self.to_sliding.index_select(0, slots), False)
 
     def _note(self, verified: Verified) -> None:
         """Mark the rows of a pass's window: exact are those whose tokens are true in the deepest layer, too."""

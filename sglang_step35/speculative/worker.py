@@ -180,7 +180,6 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        self.upkeep.begin_round(pool_idx)
         drafted, offered, drafts = self._offer(batch, pool_idx, draft_input.topk_index)
         rids = tuple(req.rid for req in batch.reqs)
         self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))

@@ -20,6 +20,7 @@ from sglang_step35.attention.portable.functions import (
     group_mask,
     merge_partials,
 )
+from sglang_step35.packed.ik_library import Scratch
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,11 @@ class KVReader:
     def __init__(self):
         self.pools: tuple[Tensor, ...] = ()
         self._memory: list[Tensor | None] = [None, None]
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self.scratch = Scratch()  # of one kernel call at a time
 
     def of_layer(self, k_pool: Tensor, v_pool: Tensor) -> "KVReader":
         self.pools = k_pool, v_pool
         return self
-
-    def workspace(self, size: int) -> int:
-        """Address of so many bytes for one kernel call at a time."""
-        if self._workspace.numel() < size:
-            self._workspace = torch.empty(size, dtype=torch.uint8)
-        return self._workspace.data_ptr()
 
     def read(self, keys: KeySlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [K, N, D], or [B, K, N, D], in dtype, valid until the next read: views of the pools where

@@ -75,7 +75,7 @@ class PagedCall:
         group = q.shape[1] // heads
         parts, rows = self._parts(q.shape[1] * size, heads), self.rows * group
         record, room = paged_kernel.record_floats(rows, size), paged_kernel.room_bytes(rows, size)
-        memory = reader.workspace(parts * (8 * record + room))
+        memory = reader.scratch.address(parts * (8 * record + room))
         task = paged_kernel.Task(
             q=q.data_ptr(),
             out=out.data_ptr(),
