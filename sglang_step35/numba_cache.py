@@ -7,7 +7,10 @@ of all of them, as a variable that the compiled function closes over, is part of
 from hashlib import sha256
 from pathlib import Path
 
-from numba import cfunc
+from numba import cfunc, types
+
+# A step of ggml's graphs (`ggml_custom1_op_t`): result, an operand, the thread, their number, and data.
+GRAPH_STEP = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
 
 
 def digest(*modules: str) -> int:

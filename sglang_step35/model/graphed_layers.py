@@ -23,7 +23,7 @@ from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.layer_steps import ROWS, Layer, Memory, begin, end
 from sglang_step35.packed import ik_library
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
-from sglang_step35.packed.ik_library import Graph
+from sglang_step35.packed.ik_library import GRAPH_NODES, Graph
 from sglang_step35.packed.ik_steps import Steps
 
 NATIVE_ROWS = 8  # where torch multiplies bfloat16 by instructions of the CPU, and the layers are in bfloat16 and large
@@ -74,11 +74,39 @@ class GraphedLayers(nn.Module):
         memory, rows = self._memory, len(x)
         memory.stream.rows(x.shape).copy_(x)
         memory.fill_turns(layers[0].attention.qk_norm_rope.rows, rows)
-        for number in range(len(layers) + 1):
-            self._graph(number, rows).run()
-            if number < len(layers):
-                self._attend(layers[number].attention, rows, x.dtype, forward_batch)
+        if not self._in_one(rows, x.dtype, forward_batch):
+            for number in range(len(layers) + 1):
+                self._graph(number, rows).run()
+                if number < len(layers):
+                    self._attend(layers[number].attention, rows, x.dtype, forward_batch)
         return memory.stream.rows(x.shape).to(x.dtype)
+
+    def _in_one(self, rows: int, dtype: torch.dtype, forward_batch) -> bool:
+        """All layers in one graph, if the backend's attention can be steps of it."""
+        backend, library, threads = get_attn_backend(), ik_library.library(), torch.get_num_threads()
+        if not hasattr(backend, "steps"):  # another backend than this package's for CPUs
+            return False
+        key = ("pass", self._serial, id(backend), rows, threads)
+        nodes = GRAPH_NODES * (len(self.layers) + 1)
+        graph, attention = library.graph(key, lambda: self._build_pass(backend, rows, dtype, threads), nodes)
+        if attention is None or not attention.plan(forward_batch):
+            return False
+        graph.run()
+        return True
+
+    def _build_pass(self, backend, rows: int, dtype: torch.dtype, threads: int):
+        """The graph, and the attention in it."""
+        layers, memory, steps = self._weights(), self._memory, Steps(ik_library.library())
+        attention = backend.steps([layer.attention.attn for layer in layers], rows, dtype)
+        if attention is None:
+            return None, None
+        stream = memory.stream.of(steps, layers[0].output.shape[0], rows)
+        for number, layer in enumerate(layers):
+            parts = begin(steps, layer, stream, memory, rows)
+            attended = attention.add(steps, number, parts, memory.attended.address)
+            steps.end_part(attended)  # gates and the stream have their places
+            stream = end(steps, layer, stream, attended, memory, rows)
+        return steps.build([stream], memory.between, threads), attention
 
     def _attend(self, module: GatedAttention, rows: int, dtype: torch.dtype, forward_batch) -> None:
         sizes = module.qk_norm_rope.sizes
@@ -97,7 +125,8 @@ class GraphedLayers(nn.Module):
         layers, memory = self._weights(), self._memory
         outputs, stream = [], memory.stream.of(steps, layers[0].output.shape[0], rows)
         if number > 0:
-            stream = end(steps, layers[number - 1], stream, memory, rows)
+            before = layers[number - 1]
+            stream = end(steps, before, stream, memory.attended.of(steps, before.query_size, rows), memory, rows)
             outputs.append(stream)
         if number < len(layers):
             outputs += begin(steps, layers[number], stream, memory, rows)

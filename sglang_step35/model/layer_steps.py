@@ -148,7 +148,7 @@ class Memory:
 
 
 def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list:
-    """Queries, keys and values, one after the other, and the gates: all that attention and the layer's end read."""
+    """All that attention and the layer's end read: queries, keys and values, one after the other, and the gates."""
     module, rope = layer.attention, layer.attention.qk_norm_rope
     x = steps.fused_rms_norm(stream, steps.floats(layer.attention_norm, *layer.attention_norm.shape), _eps(layer))
     parts = [steps.product(x, part) for part in layer.qkv]
@@ -170,10 +170,9 @@ def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list
     return outputs
 
 
-def end(steps: Steps, layer: Layer, stream, memory: Memory, rows: int):
+def end(steps: Steps, layer: Layer, stream, attended, memory: Memory, rows: int):
     """The residual stream after a layer whose attention has run, in the place of the stream before it."""
     module, size = layer.attention, layer.query_size
-    attended = memory.attended.of(steps, size, rows)
     if layer.head_gate is not None:
         heads = steps.reshape_3d(attended, module.head_dim, module.num_heads, rows)
         gates = steps.reshape_3d(memory.gates.of(steps, module.num_heads, rows), 1, module.num_heads, rows)

@@ -20,8 +20,9 @@ FLOAT = 4  # bytes
 SIGMOID, SILU = 7, 10  # enum ggml_unary_op
 NEOX = 2  # the rotary embedding that turns channel i with channel i + r / 2
 CALLBACK_LIMIT = 8  # which of our callback's op_params holds a network's limit: the first ones are ggml's
-ARENA_BYTES = 64 << 20  # of tensors and graphs, a few kilobytes each; what is not used costs nothing
-GRAPH_NODES = 64  # at most, in one graph; ggml rounds its tables up from there
+EVERY_THREAD = -1  # GGML_N_TASKS_MAX
+ARENA_BYTES = 256 << 20  # of tensors and graphs, a megabyte for 45 layers; what is not used costs nothing
+GRAPH_NODES = 64  # at most, in a graph of one layer; ggml rounds its tables up from there
 _OBJECT_BYTES = 32  # ggml's own header before each tensor
 
 
@@ -120,9 +121,9 @@ class Scratch:
 class Graph:
     """A computation of fixed shapes: `place` its tensors, then `run`. Its parts live in the library's arena."""
 
-    def __init__(self, library: "Library", outputs: Sequence, threads: int):
+    def __init__(self, library: "Library", outputs: Sequence, threads: int, nodes: int = GRAPH_NODES):
         self.library = library
-        self.graph = library.ggml_new_graph_custom(library.arena, GRAPH_NODES, False)
+        self.graph = library.ggml_new_graph_custom(library.arena, nodes, False)
         for output in outputs:
             library.ggml_build_forward_expand(self.graph, output)
         self.plan = library.ggml_graph_plan(self.graph, threads)
@@ -164,11 +165,14 @@ class Library:
         """A pointer to a new tensor of up to three dimensions, the innermost first, without data."""
         return self.ggml_new_tensor_3d(self.arena, kind, *shape, *[1] * (3 - len(shape)))
 
-    def graph(self, key: tuple, build: Callable):
-        """What `build` made for this key before, or makes now, in the arena; a full arena is emptied first."""
+    def graph(self, key: tuple, build: Callable, nodes: int = GRAPH_NODES):
+        """What `build` made for this key before, or makes now, in the arena; a full arena is emptied first.
+
+        nodes: at most, in its graphs together.
+        """
         found = self._graphs.get(key)
         if found is None:
-            self._make_room()
+            self._make_room(nodes)
             found = self._graphs[key] = build()
         return found
 
@@ -185,8 +189,8 @@ class Library:
         if tensor.contents.type != wanted:
             raise RuntimeError(f"the library made type {tensor.contents.type} of {kind}, not {wanted}")
 
-    def _make_room(self) -> None:
-        needed = GRAPH_NODES * self.ggml_tensor_overhead() + self.ggml_graph_overhead_custom(GRAPH_NODES, False)
+    def _make_room(self, nodes: int = GRAPH_NODES) -> None:
+        needed = nodes * self.ggml_tensor_overhead() + self.ggml_graph_overhead_custom(nodes, False)
         if self.arena and self.ggml_used_mem(self.arena) + 2 * needed < ARENA_BYTES:
             return
         if self.arena:

@@ -7,14 +7,13 @@ k chosen experts of a token, T tokens.
 from ctypes import c_void_p, cast
 
 from sglang_step35.packed.ggml import TYPES
-from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, SILU, Library, float_bits
+from sglang_step35.packed.ik_library import CALLBACK_LIMIT, EVERY_THREAD, F32, SILU, Library, float_bits
 
 ROWS = 8  # tokens, at most, that share a matrix
 APART = 64  # tokens, at most, that choose few of many matrices each
 AT_ONCE = 4  # of them that share what was read of the weights
 NEAR = 1 << 13  # activations that stay in a core's nearest cache while weights pass by
 LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses nothing
-EVERY_THREAD = -1  # GGML_N_TASKS_MAX
 _BF16 = TYPES["BF16"].number
 
 

@@ -4,13 +4,13 @@ Shapes are given as ggml counts them, the innermost dimension first.
 """
 
 from collections.abc import Sequence
-from ctypes import POINTER, c_void_p, cast
+from ctypes import POINTER, addressof, c_void_p, cast
 
 from torch import Tensor
 
 from sglang_step35.packed import ik_rows
 from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, NEOX, CTensor, Graph, Library, place
+from sglang_step35.packed.ik_library import EVERY_THREAD, F32, GRAPH_NODES, NEOX, CTensor, Graph, Library, place
 
 ALIGNMENT = 64  # bytes, of every result
 
@@ -24,6 +24,7 @@ class Steps:
 
     def __init__(self, library: Library):
         self.library = library
+        self._ends: set[int] = set()
 
     def __getattr__(self, name: str):
         """ggml's own step of that name."""
@@ -69,13 +70,27 @@ class Steps:
         rotated.contents.op_params[0], rotated.contents.op_params[1] = channels, NEOX
         return rotated
 
+    def callback(self, function, data: int, shape: tuple[int, ...], *sources):
+        """A float32 result of this shape by a numba callback (`numba_cache.GRAPH_STEP`), which is given `data`."""
+        out = self.library.ggml_map_custom1(
+            self.library.arena, self.library.tensor(F32, *shape), function.address, EVERY_THREAD, data
+        )
+        for number, source in enumerate(sources, start=1):
+            out.contents.src[number] = cast(source, c_void_p)
+        return out
+
+    def end_part(self, step) -> None:
+        """Behind this step nothing of what came before is read, but for what was put in a place."""
+        self._ends.add(addressof(step.contents))
+
     def build(self, outputs: Sequence, memory: Tensor, threads: int) -> Graph:
         """The graph up to the outputs. Results that have no place yet get one in `memory` (uint8).
 
         Raises MemoryError where it is too small.
         """
-        graph = Graph(self.library, outputs, threads)
-        address, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        graph = Graph(self.library, outputs, threads, nodes=GRAPH_NODES * (1 + len(self._ends)))
+        start, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        address = last = start
         for number in range(self.library.ggml_graph_n_nodes(graph.graph)):
             node = self.library.ggml_graph_node(graph.graph, number)
             tensor = node.contents
@@ -84,6 +99,9 @@ class Steps:
             elif not tensor.data:
                 tensor.data = address
                 address += -(-self.library.ggml_nbytes(node) // ALIGNMENT) * ALIGNMENT
-        if address > end:
-            raise MemoryError(f"a graph needs {address - memory.data_ptr()} bytes between its steps, not {len(memory)}")
+                last = max(last, address)
+            if addressof(tensor) in self._ends:
+                address = start
+        if last > end:
+            raise MemoryError(f"a graph needs {last - start} bytes between its steps, not {len(memory)}")
         return graph

@@ -13,7 +13,8 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_step35.attention.portable.kernel_calls import KernelCall, KVReader
-from sglang_step35.attention.portable.paged_call import prepare, reads
+from sglang_step35.attention.portable.paged_call import NAMES, PagedCall, prepare, reads
+from sglang_step35.attention.portable.paged_steps import PagedSteps
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
 from sglang_step35.names import ATTENTION_BACKEND
@@ -82,12 +83,30 @@ class PortableAttnBackend(AttentionBackend):
         translate = self._hybrid and out_cache_loc is not None
         self._swa_out_loc = self.token_to_kv_pool.translate_loc_from_full_to_swa(out_cache_loc) if translate else None
 
-    def _calls_for(self, layer, keys: Tensor, dtype: torch.dtype) -> list[KernelCall]:
-        """Kernel calls of the layer's kind, cut at the first layer that asks. keys: its pool; dtype: of its queries."""
+    def kind(self, layer) -> tuple[int, bool]:
+        """Which keys a layer reads: how many before the row's own, and whether from the sliding pool."""
         window = layer.sliding_window_size
         earlier_keys = ALL_KEYS if window is None or window < 0 else window
-        in_swa_pool = self._hybrid and self.token_to_kv_pool.layers_mapping[layer.layer_id][1]
-        kind = earlier_keys, in_swa_pool
+        return earlier_keys, self._hybrid and self.token_to_kv_pool.layers_mapping[layer.layer_id][1]
+
+    def steps(self, layers: Sequence, rows: int, dtype: torch.dtype) -> PagedSteps | None:
+        """These layers' attention as steps of a graph, for passes that `PagedSteps.plan` accepts; None without any."""
+        return PagedSteps(self, layers, rows, dtype) if dtype in NAMES else None
+
+    def paged_call(self, layer, keys: Tensor, rows: int, dtype: torch.dtype) -> PagedCall | None:
+        """The one call that computes all rows of a planned pass of so many; None where it takes others."""
+        calls = self._calls_for(layer, keys, dtype)
+        whole = len(calls) == 1 and self._rows.total == rows and isinstance(calls[0], PagedCall)
+        return calls[0] if whole else None
+
+    def new_slots(self, layer, forward_batch) -> Tensor:
+        """[T] int64, of the layer's pool: where the planned rows' keys and values belong."""
+        _, in_swa_pool = self.kind(layer)
+        return (self._swa_out_loc if in_swa_pool else forward_batch.out_cache_loc).long()
+
+    def _calls_for(self, layer, keys: Tensor, dtype: torch.dtype) -> list[KernelCall]:
+        """Kernel calls of the layer's kind, cut at the first layer that asks. keys: its pool; dtype: of its queries."""
+        kind = earlier_keys, in_swa_pool = self.kind(layer)
         if kind not in self._calls:
             find = self._find_swa_slots if in_swa_pool else self._find_slots
             self._calls[kind] = cut_pass(

@@ -3,6 +3,7 @@
 Letters: B requests, T query rows of the pass, H query heads, N key/value heads, D head size, S slots of the pool.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,25 +14,29 @@ from torch import Tensor
 from sglang_step35.attention.portable import paged_kernel, team
 from sglang_step35.attention.portable.kernel_calls import KVReader
 from sglang_step35.attention.portable.tiles import lanes
+from sglang_step35.packed.ik_check import usable
 
 ALONE = 1 << 19  # products that one core has done before another one has begun
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def reads(pool: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernel reads a pool [S, N, D] for queries of this type."""
     return (
         pool.dtype == dtype
-        and dtype in _NAMES
+        and dtype in NAMES
         and pool.shape[2] % lanes() == 0
         and pool.stride()[1:] == (pool.shape[2], 1)
     )
 
 
 def prepare(dtype: torch.dtype) -> None:
-    """Compile the kernel for pools of this type, which takes seconds, if it reads them."""
-    if dtype in _NAMES:
-        paged_kernel.compiled(_NAMES[dtype])
+    """Compile what reads pools of this type, which takes seconds: graphs of layers are for other types than float32."""
+    if dtype in NAMES:
+        paged_kernel.compiled(NAMES[dtype])
+    if dtype is torch.bfloat16 and usable():
+        paged_kernel.compiled_store(NAMES[dtype])
+        paged_kernel.compiled_step(NAMES[dtype])
 
 
 @dataclass(frozen=True)
@@ -72,34 +77,43 @@ class PagedCall:
             q = q.contiguous()
         keys, values = reader.pools
         (_, heads, size), width = keys.shape, q.element_size()
-        group = q.shape[1] // heads
-        parts, rows = self._parts(q.shape[1] * size, heads), self.rows * group
-        record, room = paged_kernel.record_floats(rows, size), paged_kernel.room_bytes(rows, size)
-        memory = reader.scratch.address(parts * (8 * record + room))
         task = paged_kernel.Task(
             q=q.data_ptr(),
             out=out.data_ptr(),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
-            slots=self.slots.data_ptr(),
-            requests=self.requests.ctypes.data,
-            records=memory + parts * room,
-            rooms=memory,
             q_stride=q.stride(0) * width,
             keys_stride=keys.stride(0) * width,
             values_stride=values.stride(0) * width,
             heads=heads,
-            group=group,
+            group=q.shape[1] // heads,
             size=size,
             width=width,
+            q_width=width,
+            scale=scale,
+            **self.fields(q.shape[1], heads, size, reader.scratch.address),
+        )
+        team.run(paged_kernel.compiled(NAMES[q.dtype]), task, task.parts)
+
+    def fields(self, queries: int, heads: int, size: int, memory: Callable[[int], int]) -> dict[str, int]:
+        """What a `Task` has of the pass, for layers of so many query and key heads of this size.
+
+        memory: to be written, for a number of bytes its address.
+        """
+        parts, rows = self._parts(queries * size, heads), self.rows * (queries // heads)
+        record, room = paged_kernel.record_floats(rows, size), paged_kernel.room_bytes(rows, size)
+        rooms = memory(parts * (8 * record + room))
+        return dict(
+            slots=self.slots.data_ptr(),
+            requests=self.requests.ctypes.data,
+            rooms=rooms,
+            records=rooms + parts * room,
             earlier_keys=self.earlier_keys,
             count=len(self.requests) - 1,
             record=record,
             room=room,
             parts=parts,
-            scale=scale,
         )
-        team.run(paged_kernel.compiled(_NAMES[q.dtype]), task, parts)
 
     def _parts(self, channels: int, heads: int) -> int:
         """Threads that pay; channels: of a row's queries."""

@@ -17,15 +17,16 @@ from numba import carray, njit, types
 
 from sglang_step35.attention.portable.softmax_rows import EXACT, NEVER, fill, floats, merge, narrow, weigh, widen
 from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, pointer, scores
-from sglang_step35.numba_cache import callback, digest
+from sglang_step35.numba_cache import GRAPH_STEP, callback, digest
 
-_SOURCES = "paged_kernel", "softmax_rows", "tiles"
+_SOURCES = tuple(f"attention.portable.{name}" for name in ("paged_kernel", "softmax_rows", "tiles"))
 KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
 # Addresses of memory without gaps, but for rows of q and slots of keys and values, which stand `*_stride` bytes apart.
 # q, out: [T, H, D]. keys, values: [S, N, D]. slots: int64, request after request. requests: [count + 1] of REQUEST.
-# records: float32 [parts, 2, record]. rooms: [parts, room] bytes, each for one thread's own.
-_ADDRESSES = "q out keys values slots requests records rooms"
-_NUMBERS = "q_stride keys_stride values_stride heads group size width earlier_keys count record room parts"
+# records: float32 [parts, 2, record]. rooms: [parts, room] bytes, each for one thread's own. For `store` alone: `rows`
+# new keys and values [T, N, D] float32, and the slots they belong to [T] int64.
+_ADDRESSES = "q out keys values slots requests records rooms new_keys new_values new_slots"
+_NUMBERS = "q_stride keys_stride values_stride heads group size width q_width earlier_keys count record room parts rows"
 _COUNTERS = "started finished"
 
 
@@ -36,7 +37,7 @@ class Task(Structure):
 # first_slot: its first key's in `slots`. first_block: its first among one head's blocks of all requests. Of the last
 # entry only this is read: the number of all blocks.
 REQUEST = np.dtype([(name, np.int64) for name in ("first_row", "rows", "end", "first_slot", "keys", "first_block")])
-_TASK, _REQUEST_BYTES = np.dtype(Task), REQUEST.itemsize
+TASK, _REQUEST_BYTES = np.dtype(Task), REQUEST.itemsize
 _LOG2E = 1.4426950408889634
 _STORED = {"float32": np.float32, "bfloat16": np.uint16}
 _STARTED, _FINISHED = (getattr(Task, name).offset for name in _COUNTERS.split())
@@ -92,12 +93,12 @@ def _locate(task, unit, b):
 
 
 @njit(**EXACT)
-def _queries(stored, task, request, head, to):
+def _queries(outer, task, request, head, to):
     """Queries [R, D] of a head, so scaled that their scores are powers of 2; padding is 0."""
     factor, count, rows = np.float32(task.scale * _LOG2E), task.group * task.size, request.rows
     for row in range(rows):
-        first = task.q + (request.first_row + row) * task.q_stride + head * count * task.width
-        own, x = carray(pointer(first), count, stored), floats(to + row * count * 4, count)
+        first = task.q + (request.first_row + row) * task.q_stride + head * count * task.q_width
+        own, x = carray(pointer(first), count, outer), floats(to + row * count * 4, count)
         for d in range(count):
             x[d] = widen(own[d]) * factor
     filled = rows * task.group
@@ -121,14 +122,14 @@ def _find(task, request, head, key, end, to):
 
 
 @njit(**EXACT)
-def _segment(stored, task, request, part, head, first, end, sums, states):
+def _segment(stored, outer, task, request, part, head, first, end, sums, states):
     """Keys first .. end of a head into sums and states."""
     rows, size = request.rows * task.group, task.size
     padded = _padded(rows, ROWS)
     x = task.rooms + part * task.room
     weights = x + padded * size * 4
     places = weights + padded * KEYS * 4
-    _queries(stored, task, request, head, x)
+    _queries(outer, task, request, head, x)
     fill(sums, padded * size, np.float32(0))
     for row in range(rows):
         fill(states + row * 8, 1, NEVER)
@@ -149,19 +150,19 @@ def _segment(stored, task, request, part, head, first, end, sums, states):
 
 
 @njit(**EXACT)
-def _finish(stored, task, request, head, sums, states):
+def _finish(outer, task, request, head, sums, states):
     """Results of a head; of rows that see nothing 0."""
     for row in range(request.rows * task.group):
         at = (request.first_row + row // task.group) * task.heads * task.group + head * task.group + row % task.group
         state, found = floats(states + row * 8, 2), floats(sums + row * task.size * 4, task.size)
         factor = np.float32(0) if state[0] == NEVER else np.float32(1) / state[1]
-        out = carray(pointer(task.out + at * task.size * task.width), task.size, stored)
+        out = carray(pointer(task.out + at * task.size * task.q_width), task.size, outer)
         for d in range(task.size):
-            out[d] = narrow(stored, found[d] * factor)
+            out[d] = narrow(outer, found[d] * factor)
 
 
 @njit(**EXACT)
-def _part(stored, task, part):
+def _part(stored, outer, task, part):
     """A share of the units. A first head that is not whole stays in the part's record 0, a last one in record 1."""
     low, high = _start(task, part), _start(task, part + 1)
     unit, b = low, 0
@@ -170,14 +171,14 @@ def _part(stored, task, part):
         request = _request(task, b)
         stop = min(blocks, block + high - unit)
         sums, states = _record(task, part, np.int64(unit > low), request.rows * task.group)
-        _segment(stored, task, request, part, head, block * KEYS, min(stop * KEYS, request.keys), sums, states)
+        _segment(stored, outer, task, request, part, head, block * KEYS, min(stop * KEYS, request.keys), sums, states)
         if stop - block == blocks:
-            _finish(stored, task, request, head, sums, states)
+            _finish(outer, task, request, head, sums, states)
         unit += stop - block
 
 
 @njit(**EXACT)
-def _merge_parts(stored, task):
+def _merge_parts(outer, task):
     """Heads that began in one part and ended in a later one."""
     b, began, which = 0, 0, 0
     for part in range(1, task.parts):
@@ -196,24 +197,67 @@ def _merge_parts(stored, task):
             shift = row * task.size * 4
             merge(sums + shift, states + row * 8, more + shift, more_states + row * 8, task.size)
         if unit - block + blocks <= _start(task, part + 1):
-            _finish(stored, task, request, head, sums, states)
+            _finish(outer, task, request, head, sums, states)
+
+
+@njit(**EXACT)
+def _run_part(stored, outer, task, part, finished):
+    """finished: address of the task's counter; whoever ends the last part merges, and leaves it as it was."""
+    _part(stored, outer, task, part)
+    if add_one(finished) == task.parts - 1:
+        _merge_parts(outer, task)
+        _integers(finished, 1)[0] = 0
 
 
 @cache
 def compiled(kind: str):
     """`void attend(Task *)`, for all threads to call, where queries, pools and results are of this kind."""
-    stored, sources = _STORED[kind], digest(*(f"attention.portable.{name}" for name in _SOURCES))
+    stored, sources = _STORED[kind], digest(*_SOURCES)
 
     @callback(types.void(types.voidptr))
     def attend(address):
-        task = carray(address, 1, _TASK)[0]
+        task = carray(address, 1, TASK)[0]
         place = carray(address, 1, np.int64).ctypes.data
         while sources:  # true; closed over for the key of the cache
             part = add_one(place + _STARTED)
             if part >= task.parts:
                 return
-            _part(stored, task, part)
-            if add_one(place + _FINISHED) == task.parts - 1:
-                _merge_parts(stored, task)
+            _run_part(stored, stored, task, part, place + _FINISHED)
 
     return attend
+
+
+@cache
+def compiled_step(kind: str):
+    """`compiled` as a step of a graph, again and again with the same task: queries and results are float32."""
+    stored, sources = _STORED[kind], digest(*_SOURCES)
+
+    @callback(GRAPH_STEP)
+    def attend_step(_result, _operand, thread, threads, address):
+        task = carray(address, 1, TASK)[0]
+        place = carray(address, 1, np.int64).ctypes.data
+        for part in range(thread, task.parts if sources else 0, threads):
+            _run_part(stored, np.float32, task, part, place + _FINISHED)
+
+    return attend_step
+
+
+@cache
+def compiled_store(kind: str):
+    """A step of a graph before it: a task's new keys and values into their slots."""
+    stored, sources = _STORED[kind], digest(*_SOURCES)
+
+    @callback(GRAPH_STEP)
+    def store_step(_result, _operand, thread, threads, address):
+        task = carray(address, 1, TASK)[0]
+        count, slots = task.heads * task.size, _integers(task.new_slots, task.rows)
+        for row in range(thread, task.rows if sources else 0, threads):
+            keys = carray(pointer(task.keys + slots[row] * task.keys_stride), count, stored)
+            values = carray(pointer(task.values + slots[row] * task.values_stride), count, stored)
+            new_keys = floats(task.new_keys + row * count * 4, count)
+            new_values = floats(task.new_values + row * count * 4, count)
+            for i in range(count):
+                keys[i] = narrow(stored, new_keys[i])
+                values[i] = narrow(stored, new_values[i])
+
+    return store_step

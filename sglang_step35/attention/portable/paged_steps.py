@@ -1,0 +1,86 @@
+"""Attention as steps of ggml's graphs, so that all layers of a pass are one call and nothing between them is Python.
+
+Each layer has two steps: one writes the rows' keys and values into its pools, one lets the rows attend. Both read the
+layer's `Task`, which is completed before the graph runs. Letters: T rows, H query heads, D head size.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from operator import attrgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang_step35.attention.portable import paged_kernel
+from sglang_step35.attention.portable.paged_call import NAMES
+from sglang_step35.packed.ik_library import FLOAT, Scratch
+from sglang_step35.packed.ik_steps import Steps
+
+_SHAPE = attrgetter("tp_q_head_num", "tp_k_head_num", "qk_head_dim", "scaling")  # of SGLang's attention layers
+
+
+class PagedSteps:
+    """Attention of some layers over T rows; their graph must not outlive it.
+
+    backend: a `PortableAttnBackend`, whose plans these are. layers: SGLang's. dtype: of the pools.
+    """
+
+    def __init__(self, backend, layers: Sequence, rows: int, dtype: torch.dtype):
+        self.backend, self.layers, self.rows, self.dtype = backend, layers, rows, dtype
+        self._tasks = np.zeros(len(layers), paged_kernel.TASK)
+        self._alike: dict[tuple, list[int]] = defaultdict(list)  # layers that differ in their pools alone
+        self._scratch: dict[tuple, Scratch] = defaultdict(Scratch)
+        self._read: list = []
+        for number, layer in enumerate(layers):
+            self._alike[backend.kind(layer), _SHAPE(layer)].append(number)
+            queries, heads, size, scale = _SHAPE(layer)
+            own = dict(heads=heads, group=queries // heads, size=size, scale=scale, q_stride=queries * size * FLOAT)
+            for name, value in dict(own, width=dtype.itemsize, q_width=FLOAT, rows=rows).items():
+                self._tasks[name][number] = value
+
+    def add(self, steps: Steps, number: int, parts: Sequence, address: int):
+        """The steps of a layer, which gives [H * D, T] at this address.
+
+        parts: q, k and v [D, heads, T], which have their places, and what else must be computed before.
+        """
+        task, kind = self._tasks[number : number + 1], NAMES[self.dtype]
+        task["q"], task["new_keys"], task["new_values"] = (part.contents.data for part in parts[:3])
+        task["out"] = address
+        stored = steps.callback(paged_kernel.compiled_store(kind), task.ctypes.data, (1,), *parts)
+        width = int(task["heads"][0] * task["group"][0] * task["size"][0])
+        out = steps.callback(paged_kernel.compiled_step(kind), task.ctypes.data, (width, self.rows), stored)
+        out.contents.data = address
+        return out
+
+    def plan(self, forward_batch) -> bool:
+        """Let the graph compute the pass that the backend has planned; False where that takes other calls."""
+        self._read = []
+        return all(self._plan_alike(kind, forward_batch) for kind in self._alike)
+
+    def _plan_alike(self, kind: tuple, forward_batch) -> bool:
+        numbers = self._alike[kind]
+        layers = [self.layers[number] for number in numbers]
+        pools = [self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id) for layer in layers]
+        call = self.backend.paged_call(layers[0], pools[0][0], self.rows, self.dtype)
+        slots = self.backend.new_slots(layers[0], forward_batch)
+        if call is None or not _within(slots, self.rows, len(pools[0][0])):
+            return False
+        queries, heads, size, _ = _SHAPE(layers[0])
+        fields = call.fields(queries, heads, size, self._scratch[kind].address)
+        fields |= dict(new_slots=slots.data_ptr(), keys=[keys.data_ptr() for keys, _ in pools])
+        fields |= dict(values=[values.data_ptr() for _, values in pools])
+        strides = [part.stride(0) * part.element_size() for part in pools[0]]
+        fields |= dict(zip(("keys_stride", "values_stride"), strides, strict=True))
+        for name, value in fields.items():
+            self._tasks[name][numbers] = value
+        self._read += [call, slots]  # the tasks hold their addresses
+        return True
+
+
+def _within(slots: Tensor, rows: int, size: int) -> bool:
+    """Whether there is a slot of a pool for every row; compiled code does not check."""
+    if len(slots) != rows:
+        return False
+    found = slots.numpy()
+    return bool(found.min() >= 0 and found.max() < size)
