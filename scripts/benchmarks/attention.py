@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_step35.attention.portable.kernel_calls import KVReader
+from sglang_step35.attention.portable.paged_call import SlotTable
 from sglang_step35.attention.portable.plan import SHORT_ROWS, PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
 
@@ -81,9 +82,12 @@ def measure(kind: str, pools: list[torch.Tensor], table: torch.Tensor, options: 
     q = torch.randn(rows.total, GROUPS[kind] * options.kv_heads, options.size).to(pools[0].dtype)
     out, scale, reader = torch.empty_like(q), options.size**-0.5, KVReader()
 
+    own = SlotTable(table.int())
+
     def plan(in_place: bool):
         find = lambda requests, positions: table[requests, positions].long()
-        return cut_pass(rows, earlier_keys, find, CALL_BYTES // pools[0][0, 0].nbytes, in_place=in_place)
+        bytes_of_key = pools[0][0, 0].nbytes
+        return cut_pass(rows, earlier_keys, find, CALL_BYTES // bytes_of_key, own if in_place else None)
 
     def layer(calls, layer_pools):
         reader.of_layer(*layer_pools)

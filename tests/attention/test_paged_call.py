@@ -10,7 +10,7 @@ import torch
 
 from sglang_step35.attention.portable import paged_call, paged_kernel, plan, team
 from sglang_step35.attention.portable.kernel_calls import KVReader
-from sglang_step35.attention.portable.paged_call import PagedCall, reads
+from sglang_step35.attention.portable.paged_call import PagedCall, SlotTable, reads
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
 
@@ -40,11 +40,11 @@ class Case:
         self.keys, self.values = torch.randn(2, len(slots) + 1, heads, size).to(dtype)
         self.keys[0] = self.values[0] = torch.nan
         self.q = torch.randn(self.rows.total, heads * group, size).to(dtype)
-        self.group = group
+        self.group, self.mapping = group, None
 
     def call(self, earlier_keys) -> PagedCall:
         find = lambda requests, positions: self.table[requests, positions].long()
-        (call,) = cut_pass(self.rows, earlier_keys, find, in_place=True)
+        (call,) = cut_pass(self.rows, earlier_keys, find, in_place=SlotTable(self.table, self.mapping))
         return call
 
     def run(self, earlier_keys) -> torch.Tensor:
@@ -97,6 +97,30 @@ def test_rows_before_the_first_position(earlier_keys, parts):
     out = case.run(earlier_keys)
     padding = torch.tensor([0, 1, 4, 5, 6, 7, *range(8, 19)])
     assert not out[padding].any() and (out[19:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("earlier_keys", [ALL_KEYS, 7])
+def test_slots_of_another_pool(earlier_keys, parts):
+    """Keys of a sliding pool lie in other slots than the table says, which a mapping tells."""
+    case = Case([(4, 90), (1, 30)])
+    moved = torch.cat((torch.zeros(1, dtype=torch.int64), torch.randperm(len(case.keys) - 1) + 1))
+    expected = case.run(earlier_keys)
+    case.keys[moved], case.values[moved], case.mapping = case.keys.clone(), case.values.clone(), moved
+    assert torch.equal(case.run(earlier_keys), expected)
+
+
+@pytest.mark.parametrize(
+    ("table", "mapping", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), None, "int32 rows without gaps"),
+        (torch.zeros(3, 2, dtype=torch.int32).T, None, "int32 rows without gaps"),
+        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), "int64 without gaps"),
+        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(9, dtype=torch.int64)[::2], "int64 without gaps"),
+    ],
+)
+def test_slots_that_compiled_code_would_misread(table, mapping, message):
+    with pytest.raises(ValueError, match=message):
+        SlotTable(table, mapping)
 
 
 def test_large_scores():
@@ -168,6 +192,7 @@ def test_which_pools_are_read(shape, pool, queries, expected):
 def test_longer_requests_stay_with_torch():
     """A chunk beside decode rows: the rows of few are one call, whatever their number of keys."""
     rows = PassRows(torch.arange(3), [1, 40, 16], [3000, 40, 2000])
-    calls = cut_pass(rows, ALL_KEYS, lambda requests, positions: positions, in_place=True)
+    table = SlotTable(torch.zeros(3, 3000, dtype=torch.int32))
+    calls = cut_pass(rows, ALL_KEYS, lambda requests, positions: positions, in_place=table)
     assert [type(call).__name__ for call in calls] == ["PagedCall", "StreamCall"]
-    assert calls[0].slots.tolist() == [*range(3000), *range(2000)] and plan.SHORT_ROWS == 16
+    assert calls[0].requests[:2, 3].tolist() == [0, 2] and plan.SHORT_ROWS == 16

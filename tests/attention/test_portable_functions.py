@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sglang_step35.attention.portable import functions, paged_call, plan
 from sglang_step35.attention.portable.kernel_calls import BatchCall, KeySlots, KVReader, StreamCall, as_key_slots
+from sglang_step35.attention.portable.paged_call import SlotTable
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
 
@@ -41,7 +42,9 @@ def slot_table(batch: int, length: int, run: int) -> torch.Tensor:
     return runs[torch.randperm(len(runs))].flatten()[: batch * length].view(batch, length) + 1
 
 
-def compare(counts, ends, earlier_keys, *, group=2, run=1, dtype=torch.float32, tolerance=1e-5, call_keys=None, **cut):
+def compare(
+    counts, ends, earlier_keys, *, group=2, run=1, dtype=torch.float32, tolerance=1e-5, call_keys=None, in_place=False
+):
     """Plan and run one layer over random pools, and check its rows. Slot 0 holds NaN: no request may read it."""
     length = max([*ends, 1])
     table = slot_table(len(counts), length, run)
@@ -50,7 +53,8 @@ def compare(counts, ends, earlier_keys, *, group=2, run=1, dtype=torch.float32, 
     k_pool[0] = v_pool[0] = torch.nan
     q = torch.randn(rows.total, 2 * group, 16).to(dtype)
     out = torch.full_like(q, torch.nan)
-    calls = cut_pass(rows, earlier_keys, lambda requests, positions: table[requests, positions], call_keys, **cut)
+    find = lambda requests, positions: table[requests, positions]
+    calls = cut_pass(rows, earlier_keys, find, call_keys, SlotTable(table.int()) if in_place else None)
     reader = KVReader().of_layer(k_pool, v_pool)
     for call in calls:
         call.run(q, reader, SCALE, out)

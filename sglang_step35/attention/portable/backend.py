@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from torch import Tensor
 
 from sglang_step35.attention.portable.kernel_calls import KernelCall, KVReader
-from sglang_step35.attention.portable.paged_call import NAMES, PagedCall, prepare, reads
+from sglang_step35.attention.portable.paged_call import NAMES, PagedCall, SlotTable, prepare, reads
 from sglang_step35.attention.portable.paged_steps import PagedSteps
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
@@ -109,10 +109,12 @@ class PortableAttnBackend(AttentionBackend):
         kind = earlier_keys, in_swa_pool = self.kind(layer)
         if kind not in self._calls:
             find = self._find_swa_slots if in_swa_pool else self._find_slots
-            self._calls[kind] = cut_pass(
-                self._rows, earlier_keys, find, CALL_BYTES // keys[0].nbytes, in_place=reads(keys, dtype)
-            )
+            table = self._table(in_swa_pool) if reads(keys, dtype) else None
+            self._calls[kind] = cut_pass(self._rows, earlier_keys, find, CALL_BYTES // keys[0].nbytes, table)
         return self._calls[kind]
+
+    def _table(self, in_swa_pool: bool) -> SlotTable:
+        return SlotTable(self.req_to_token, self.token_to_kv_pool.full_to_swa_index_mapping if in_swa_pool else None)
 
     def _find_slots(self, requests: Tensor, positions: Tensor) -> Tensor:
         return self.req_to_token[requests, positions].long()

@@ -40,14 +40,30 @@ def prepare(dtype: torch.dtype) -> None:
 
 
 @dataclass(frozen=True)
-class PagedCall:
-    """requests: [B + 1, fields of REQUEST] int64. slots: int64, of each request's keys in the order of their positions.
+class SlotTable:
+    """Where keys lie. of_requests: [R, L] int32, slots of each request's positions. mapping: from those to the slots of
+    the sliding pool, int64, for layers that read it."""
 
-    rows: the most of a request. pairs: rows times keys of all requests. blocks: of one head of all requests.
+    of_requests: Tensor
+    mapping: Tensor | None = None
+
+    def __post_init__(self):
+        strides, mapping = self.of_requests.stride(), self.mapping
+        if self.of_requests.dtype != torch.int32 or strides[1] != 1:
+            raise ValueError(f"slots of requests are int32 rows without gaps, not {self.of_requests.dtype} {strides}")
+        if mapping is not None and not (mapping.dtype == torch.int64 and mapping.is_contiguous()):
+            raise ValueError(f"a mapping of slots is int64 without gaps, not {mapping.dtype} {mapping.stride()}")
+
+
+@dataclass(frozen=True)
+class PagedCall:
+    """requests: [B + 1, fields of REQUEST] int64. rows: the most of a request.
+
+    pairs: rows times keys of all requests. blocks: of one head of all requests.
     """
 
     requests: np.ndarray
-    slots: Tensor
+    table: SlotTable
     earlier_keys: int
     rows: int
     pairs: int
@@ -59,18 +75,20 @@ class PagedCall:
         first_rows: list[int],
         counts: list[int],
         ends: list[int],
-        spans: list[int],
-        slots: Tensor,
+        indices: list[int],
+        table: SlotTable,
         earlier_keys: int,
     ) -> "PagedCall":
-        """spans: the keys, up to its end, that a request's rows see together; none where its rows are padding."""
-        # One block at least, by which rows that see nothing become 0.
-        blocks = [max(1, -(-span // paged_kernel.KEYS)) for span in spans]
-        starts = [[0, *accumulate(values)] for values in (spans, blocks)]
-        columns = [*first_rows, 0], [*counts, 0], [*ends, 0], starts[0], [*spans, 0], starts[1]
+        """indices: the requests' rows of the table. Rows before position 0 see nothing."""
+        ends = [max(end, 0) for end in ends]
+        earlier = max(ends) if earlier_keys < 0 else earlier_keys
+        # The keys, up to its end, that a request's rows see together; one block at least, by which padding becomes 0.
+        spans = [min(end, earlier + count) for end, count in zip(ends, counts, strict=True)]
+        blocks = [0, *accumulate(max(1, -(-span // paged_kernel.KEYS)) for span in spans)]
+        columns = [*first_rows, 0], [*counts, 0], [*ends, 0], [*indices, 0], [*spans, 0], blocks
         requests = np.array(columns).T.copy()
         pairs = sum(count * span for count, span in zip(counts, spans, strict=True))
-        return cls(requests, slots, earlier_keys, max(counts), pairs, starts[1][-1])
+        return cls(requests, table, earlier_keys, max(counts), pairs, blocks[-1])
 
     def run(self, q: Tensor, reader: KVReader, scale: float, out: Tensor) -> None:
         if q.stride()[1:] != (q.shape[2], 1):
@@ -104,7 +122,9 @@ class PagedCall:
         record, room = paged_kernel.record_floats(rows, size), paged_kernel.room_bytes(rows, size)
         rooms = memory(parts * (8 * record + room))
         return dict(
-            slots=self.slots.data_ptr(),
+            table=self.table.of_requests.data_ptr(),
+            table_stride=self.table.of_requests.stride(0) * self.table.of_requests.itemsize,
+            mapping=0 if self.table.mapping is None else self.table.mapping.data_ptr(),
             requests=self.requests.ctypes.data,
             rooms=rooms,
             records=rooms + parts * room,

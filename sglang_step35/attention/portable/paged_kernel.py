@@ -22,21 +22,23 @@ from sglang_step35.numba_cache import GRAPH_STEP, callback, digest
 _SOURCES = tuple(f"attention.portable.{name}" for name in ("paged_kernel", "softmax_rows", "tiles"))
 KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
 # Addresses of memory without gaps, but for rows of q and slots of keys and values, which stand `*_stride` bytes apart.
-# q, out: [T, H, D]. keys, values: [S, N, D]. slots: int64, request after request. requests: [count + 1] of REQUEST.
+# q, out: [T, H, D]. keys, values: [S, N, D]. table: int32 slots of each request's positions, `table_stride` bytes from
+# request to request. mapping: int64, to the slots of the sliding pool, or 0. requests: [count + 1] of REQUEST.
 # records: float32 [parts, 2, record]. rooms: [parts, room] bytes, each for one thread's own. For `store` alone: `rows`
 # new keys and values [T, N, D] float32, and the slots they belong to [T] int64.
-_ADDRESSES = "q out keys values slots requests records rooms new_keys new_values new_slots"
-_NUMBERS = "q_stride keys_stride values_stride heads group size width q_width earlier_keys count record room parts rows"
+_ADDRESSES = "q out keys values table mapping requests records rooms new_keys new_values new_slots"
+_STRIDES = "q_stride keys_stride values_stride table_stride"
+_NUMBERS = "heads group size width q_width earlier_keys count record room parts rows"
 _COUNTERS = "started finished"
 
 
 class Task(Structure):
-    _fields_ = [(name, c_int64) for name in f"{_ADDRESSES} {_NUMBERS} {_COUNTERS}".split()] + [("scale", c_double)]
+    _fields_ = [(name, c_int64) for name in f"{_ADDRESSES} {_STRIDES} {_NUMBERS} {_COUNTERS}".split()] + [("scale", c_double)]
 
 
-# first_slot: its first key's in `slots`. first_block: its first among one head's blocks of all requests. Of the last
+# index: its row of `table`. first_block: its first among one head's blocks of all requests. Of the last
 # entry only this is read: the number of all blocks.
-REQUEST = np.dtype([(name, np.int64) for name in ("first_row", "rows", "end", "first_slot", "keys", "first_block")])
+REQUEST = np.dtype([(name, np.int64) for name in ("first_row", "rows", "end", "index", "keys", "first_block")])
 TASK, _REQUEST_BYTES = np.dtype(Task), REQUEST.itemsize
 _LOG2E = 1.4426950408889634
 _STORED = {"float32": np.float32, "bfloat16": np.uint16}
@@ -112,10 +114,13 @@ def _find(task, request, head, key, end, to):
     The last one is repeated up to a multiple of KEYS_AT_ONCE.
     """
     count = max(0, min(KEYS, end - key))
-    slots = _integers(task.slots + (request.first_slot + key) * 8, count)
+    row = task.table + request.index * task.table_stride + (request.end - request.keys + key) * 4
+    slots = carray(pointer(row), count, np.int32)
     places, shift = _integers(to, 2 * KEYS), head * task.size * task.width
     for j in range(_padded(count, KEYS_AT_ONCE)):
-        slot = slots[min(j, count - 1)]
+        slot = np.int64(slots[min(j, count - 1)])
+        if task.mapping != 0:
+            slot = _integers(task.mapping + slot * 8, 1)[0]
         places[j] = task.keys + shift + slot * task.keys_stride
         places[j + KEYS] = task.values + shift + slot * task.values_stride
     return count

@@ -17,6 +17,10 @@ from sglang_step35.attention.portable.paged_call import NAMES
 from sglang_step35.packed.ik_library import FLOAT, Scratch
 from sglang_step35.packed.ik_steps import Steps
 
+# Of `PagedCall.fields`, and all that a pass brings.
+_OF_CALL = "table table_stride mapping requests rooms records earlier_keys count record room parts".split()
+_NAMES = [name for name, _ in paged_kernel.Task._fields_]
+_COLUMNS = [_NAMES.index(name) for name in ("keys values new_slots keys_stride values_stride".split() + _OF_CALL)]
 _SHAPE = attrgetter("tp_q_head_num", "tp_k_head_num", "qk_head_dim", "scaling")  # of SGLang's attention layers
 
 
@@ -29,6 +33,7 @@ class PagedSteps:
     def __init__(self, backend, layers: Sequence, rows: int, dtype: torch.dtype):
         self.backend, self.layers, self.rows, self.dtype = backend, layers, rows, dtype
         self._tasks = np.zeros(len(layers), paged_kernel.TASK)
+        self._words = self._tasks.view(np.int64).reshape(len(layers), -1)  # what is no float among their fields
         self._alike: dict[tuple, list[int]] = defaultdict(list)  # layers that differ in their pools alone
         self._scratch: dict[tuple, Scratch] = defaultdict(Scratch)
         self._read: list = []
@@ -68,12 +73,11 @@ class PagedSteps:
             return False
         queries, heads, size, _ = _SHAPE(layers[0])
         fields = call.fields(queries, heads, size, self._scratch[kind].address)
-        fields |= dict(new_slots=slots.data_ptr(), keys=[keys.data_ptr() for keys, _ in pools])
-        fields |= dict(values=[values.data_ptr() for _, values in pools])
-        strides = [part.stride(0) * part.element_size() for part in pools[0]]
-        fields |= dict(zip(("keys_stride", "values_stride"), strides, strict=True))
-        for name, value in fields.items():
-            self._tasks[name][numbers] = value
+        strides = (part.stride(0) * part.element_size() for part in pools[0])
+        values = (slots.data_ptr(), *strides, *(fields[name] for name in _OF_CALL))
+        places = [(keys.data_ptr(), values.data_ptr()) for keys, values in pools]
+        # One assignment of all fields: one for each costs as much as the rest of this.
+        self._words[np.ix_(numbers, _COLUMNS)] = [own + values for own in places]
         self._read += [call, slots]  # the tasks hold their addresses
         return True
 

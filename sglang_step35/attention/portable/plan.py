@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from sglang_step35.attention.portable.kernel_calls import (
     StreamCall,
     as_key_slots,
 )
-from sglang_step35.attention.portable.paged_call import PagedCall
+from sglang_step35.attention.portable.paged_call import PagedCall, SlotTable
 
 SHORT_ROWS = 16  # requests with at most this many rows are padded into one batch
 FULL_BLOCK_ROWS, WINDOW_BLOCK_ROWS = 1024, 128  # longer requests are cut into blocks of so many rows
@@ -69,23 +68,31 @@ class PassRows:
             starts.append(starts[-1] + count)
         return starts
 
+    @cached_property
+    def indices(self) -> list[int]:
+        return self.requests.tolist()
+
     @property
     def total(self) -> int:
         return self.first_rows[-1]
 
 
 def cut_pass(
-    rows: PassRows, earlier_keys: int, find_slots: SlotLookup, call_keys: int | None = None, in_place: bool = False
+    rows: PassRows,
+    earlier_keys: int,
+    find_slots: SlotLookup,
+    call_keys: int | None = None,
+    in_place: SlotTable | None = None,
 ) -> list[KernelCall]:
     """Kernel calls of one kind of layers; every row is in exactly one.
 
     earlier_keys: keys before the row's own, -1 for all (config.ALL_KEYS). call_keys: padded keys a batched call may
-    read, CALL_KEYS by default; it exceeds that only for a single request. in_place: the compiled kernel reads the pools
-    for all requests of few rows.
+    read, CALL_KEYS by default; it exceeds that only for a single request. in_place: what `find_slots` looks up, where
+    the compiled kernel reads the pools for all requests of few rows.
     """
-    if in_place:
+    if in_place is not None:
         few = [b for b, count in enumerate(rows.counts) if count > 0 and (count <= SHORT_ROWS or rows.ends[b] < count)]
-        calls: list[KernelCall] = [_paged(rows, few, earlier_keys, find_slots)] if few else []
+        calls: list[KernelCall] = [_paged(rows, few, earlier_keys, in_place)] if few else []
     else:
         few = [b for b in range(len(rows.counts)) if _is_batched(rows, b, earlier_keys)]
         calls = list(_batches(rows, few, earlier_keys, find_slots, call_keys or CALL_KEYS))
@@ -101,15 +108,10 @@ def cut_pass(
     return calls
 
 
-def _paged(rows: PassRows, chosen: list[int], earlier_keys: int, find_slots: SlotLookup) -> PagedCall:
-    counts, ends = [rows.counts[b] for b in chosen], [max(rows.ends[b], 0) for b in chosen]
-    earlier = max(ends) if earlier_keys < 0 else earlier_keys
-    spans = [min(end, earlier + count) for end, count in zip(ends, counts, strict=True)]
-    behind = np.subtract(ends, np.cumsum(spans))  # a position less its place among the keys of all requests
-    positions = np.arange(sum(spans)) + behind.repeat(spans)
-    requests = rows.requests.numpy()[chosen].repeat(spans)
-    slots = find_slots(torch.from_numpy(requests), torch.from_numpy(positions))
-    return PagedCall.of([rows.first_rows[b] for b in chosen], counts, ends, spans, slots, earlier_keys)
+def _paged(rows: PassRows, chosen: list[int], earlier_keys: int, table: SlotTable) -> PagedCall:
+    columns = rows.first_rows, rows.counts, rows.ends, rows.indices
+    first_rows, counts, ends, indices = ([column[b] for b in chosen] for column in columns)
+    return PagedCall.of(first_rows, counts, ends, indices, table, earlier_keys)
 
 
 def _is_batched(rows: PassRows, b: int, earlier_keys: int) -> bool:
