@@ -9,6 +9,8 @@ from pathlib import Path
 
 from numba import cfunc
 
+SHARED = "vector_code", "compiled_numbers"  # modules that compiled functions of several packages call
+
 
 def digest(*modules: str) -> int:
     """Of the source files of these modules of the package, such as `packed.row_kernels`; never 0."""

@@ -1,4 +1,4 @@
-"""Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for few rows and bfloat16 weights.
+"""Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, E experts,
 k chosen experts of a token, T tokens.
@@ -9,18 +9,10 @@ from ctypes import c_void_p, cast
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, SILU, Library, float_bits
 
-ROWS = 8  # tokens, at most, that share a matrix
-APART = 64  # tokens, at most, that choose few of many matrices each
-AT_ONCE = 4  # of them that share what was read of the weights
-NEAR = 1 << 13  # activations that stay in a core's nearest cache while weights pass by
-LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses nothing
+ROWS = 64  # tokens, at most: torch's bfloat16 product pays for more
+LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses little
 EVERY_THREAD = -1  # GGML_N_TASKS_MAX
 _BF16 = TYPES["BF16"].number
-
-
-def suits(rows: int, columns: int) -> bool:
-    """Whether activations [rows, columns] and bfloat16 weights are multiplied faster here than by the library."""
-    return rows <= ROWS and min(rows, AT_ONCE) * columns <= NEAR
 
 
 def product(library: Library, weight, x):
@@ -32,7 +24,7 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    if not _ours((weight,), x.contents.ne[2], apart=True):
+    if not _ours((weight,), x.contents.ne[2]):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
     return _step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
 
@@ -46,17 +38,14 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    if _ours((gate, up), x.contents.ne[2], apart=True):
+    if _ours((gate, up), x.contents.ne[2]):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
 
 
-def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
-    """apart: few of the tokens share a matrix."""
+def _ours(weights: tuple, tokens: int) -> bool:
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
-    columns = shapes[0][1]
-    fits = tokens <= APART and suits(1, columns) if apart else suits(tokens, columns)
-    return fits and all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
+    return tokens <= ROWS and all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
 
 
 def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):

@@ -139,23 +139,11 @@ def test_what_lies_between_the_steps_must_fit(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "native", "large", "kind", "graphs"),
-    [
-        (1, "bfloat16", False, True, "BF16", True),
-        (64, "bfloat16", False, True, "BF16", True),
-        (65, "bfloat16", False, True, "BF16", False),
-        (0, "bfloat16", False, True, "BF16", False),
-        (1, "float32", False, True, "BF16", False),
-        (8, "bfloat16", True, True, "BF16", True),
-        (9, "bfloat16", True, True, "BF16", False),
-        (9, "bfloat16", True, False, "BF16", True),
-        (9, "bfloat16", True, True, "Q8_0", True),
-    ],
+    ("rows", "dtype", "graphs"),
+    [*((rows, "bfloat16", 0 < rows <= 64) for rows in (0, 1, 64, 65)), (1, "float32", False)],
 )
-def test_when(monkeypatch, loaded, rows, dtype, native, large, kind, graphs):
-    """The attention's output has 64 x 64 weights."""
-    monkeypatch.setattr(graphed_layers, "multiplies_bfloat16", lambda: native)
-    monkeypatch.setattr(graphed_layers, "LARGE", 4096 if large else 4097)
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_when(monkeypatch, loaded, rows, dtype, kind, graphs):
     layers, ways = loaded[kind].model.graphed, []
     monkeypatch.setattr(layers, "by_graphs", lambda x, batch: ways.append(True), raising=False)
     monkeypatch.setattr(single_rank, "decoder_layers", lambda layers, x, batch: ways.append(False))

@@ -15,11 +15,12 @@ from functools import cache
 import numpy as np
 from numba import carray, njit, types
 
-from sglang_step35.attention.portable.softmax_rows import EXACT, NEVER, fill, floats, merge, narrow, weigh, widen
-from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, pointer, scores
-from sglang_step35.numba_cache import callback, digest
+from sglang_step35.attention.portable.softmax_rows import NEVER, fill, merge, weigh
+from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, scores
+from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, widen
+from sglang_step35.numba_cache import SHARED, callback, digest
 
-_SOURCES = "paged_kernel", "softmax_rows", "tiles"
+_SOURCES = *(f"attention.portable.{name}" for name in ("paged_kernel", "softmax_rows", "tiles")), *SHARED
 KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
 # Addresses of memory without gaps, but for rows of q and slots of keys and values, which stand `*_stride` bytes apart.
 # q, out: [T, H, D]. keys, values: [S, N, D]. slots: int64, request after request. requests: [count + 1] of REQUEST.
@@ -202,7 +203,7 @@ def _merge_parts(stored, task):
 @cache
 def compiled(kind: str):
     """`void attend(Task *)`, for all threads to call, where queries, pools and results are of this kind."""
-    stored, sources = _STORED[kind], digest(*(f"attention.portable.{name}" for name in _SOURCES))
+    stored, sources = _STORED[kind], digest(*_SOURCES)
 
     @callback(types.void(types.voidptr))
     def attend(address):
