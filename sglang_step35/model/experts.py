@@ -115,8 +115,8 @@ def _by_expert(ids: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int]]
 
 
 def _ggml_is_faster(ids: Tensor, w2: Tensor) -> bool:
-    """As many tokens as `ik_rows.py` takes, or few rows an expert, or torch without bfloat16 instructions."""
-    return len(ids) <= ik_rows.ROWS or ids.numel() <= 2 * len(w2) or not multiplies_bfloat16()
+    """As many rows of an expert as `ik_rows.py` takes, or torch without bfloat16 instructions."""
+    return ids.numel() <= ik_rows.ROWS * len(w2) or not multiplies_bfloat16()
 
 
 def _dense_is_cheaper(ids: Tensor, w2: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
 
+The latter rounds activations to bfloat16 where more than 8 rows share a matrix, as torch's product does.
+
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, E experts,
 k chosen experts of a token, T tokens.
 """
@@ -9,7 +11,7 @@ from ctypes import c_void_p, cast
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, SILU, Library, float_bits
 
-ROWS = 64  # tokens, at most: torch's bfloat16 product pays for more
+ROWS = 64  # of a matrix, at most, of each expert on average: torch's bfloat16 product pays for more
 LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses little
 EVERY_THREAD = -1  # GGML_N_TASKS_MAX
 _BF16 = TYPES["BF16"].number
@@ -24,7 +26,7 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    if not _ours((weight,), x.contents.ne[2]):
+    if not _ours((weight,), _rows_of_each(ids, weight)):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
     return _step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
 
@@ -38,14 +40,19 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    if _ours((gate, up), x.contents.ne[2]):
+    if _ours((gate, up), _rows_of_each(ids, gate)):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
 
 
-def _ours(weights: tuple, tokens: int) -> bool:
+def _rows_of_each(ids, weight) -> float:
+    """On average, of the experts' matrices."""
+    return ids.contents.ne[0] * ids.contents.ne[1] / weight.contents.ne[2]
+
+
+def _ours(weights: tuple, rows: float) -> bool:
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
-    return tokens <= ROWS and all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
+    return rows <= ROWS and all(kind == _BF16 and width * height >= LARGE for kind, width, height in shapes)
 
 
 def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):

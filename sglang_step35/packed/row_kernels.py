@@ -1,12 +1,13 @@
 """Up to 64 rows of activations times bfloat16 weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
 
 Weights are read as several streams that share no page of memory: neighbouring rows, as the wheel's own kernel reads
-them, come at 11 GB/s on a core that reads 30 (Zen 4, rows of 2 KB), where prefetching seems to fall behind. What more
-rows of activations need next is fetched by instructions, while the tiles of `row_tiles.py` multiply.
+them, come at 11 GB/s on a core that reads 25 to 30 (Zen 4, rows of 2 KB), where prefetching seems to fall behind. What
+several rows of activations need next is fetched by instructions while the tiles of `row_tiles.py` multiply.
 
-Activations are float32, and so are products and sums for EXACT_ROWS of them and fewer. More of one matrix are rounded
-to bfloat16 where the CPU multiplies such pairs, as torch's products of that type do: 1.7 times as fast for 16 rows.
-Numbers that are bfloat16 already lose nothing by it, so those go that way from the second tile on.
+Activations are float32, and so are products and sums of up to EXACT_ROWS of them. More of one matrix are rounded to
+bfloat16 where the CPU multiplies pairs of such numbers, as torch's product rounds them: 16 rows are multiplied at 150
+to 197 GFLOP/s so, of 227 that a core can, in float32 at 105 of 115, and torch's does 97 to 118. Where all activations
+are bfloat16 numbers already this loses nothing: they go that way from the second tile on.
 
 Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations, W rows of weights read at once.
 """
@@ -26,7 +27,7 @@ from sglang_step35.vector_code import lanes, multiplies_pairs
 
 _SOURCES = "packed.row_kernels", "packed.row_tiles", "packed.ik_library", *SHARED
 EXACT_ROWS = 8
-_SHORT = np.uint16 if multiplies_pairs() else np.float32  # how many rows are stored
+_SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
 _CALLBACK = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
 # Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
 _NE, _NB, _SRC, _DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb", "src", "data"))
@@ -35,7 +36,6 @@ _LIMIT = CTensor.op_params.offset // 4 + CALLBACK_LIMIT
 _W, _LANES, _GROUP = weights_at_once(), lanes(), group()
 _SPACE = 32  # columns between packed rows: whole pages apart they would share few lines of a cache
 _ROOM = 4096  # sums of a block: they stay in the nearest cache
-_NEAR = 2048  # activations beside which weights need no instructions to come in time
 _AT_ONCE = 2048  # columns of W rows that stay in the nearest cache while rows of activations pass by
 _LOG2E = np.float32(1.4426950408889634)
 
@@ -113,11 +113,12 @@ def _block(kind, streams, x, columns, count, first, steps, end, room):
     floats(room, steps * count * _W)[:] = 0
     places, later = streams[3], streams[4]
     at_once = columns if count <= ROWS else _AT_ONCE
+    in_time = count == 1 or (count == 2 and columns <= _AT_ONCE)  # what is wanted next comes without being asked for
     _find(streams, first, 0, steps, end, later)
     for step in range(steps):
         places, later = later, places
         _find(streams, first, step + 1, steps, end, later)
-        ahead = places if count * columns <= _NEAR else later
+        ahead = places if in_time else later
         to = room + step * count * _W * 4
         for k in range(0, columns, at_once):
             last = min(columns, k + at_once)
