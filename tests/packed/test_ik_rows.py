@@ -111,8 +111,10 @@ def test_silu(steps, scale):
     x = torch.randn(4, 64) * scale
     ids, shares = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
     found = ik_kernel.experts(x, plain(gate), plain(up), plain(gate), shares, ids, None)
-    assert error(found, torch.nn.functional.silu(x) * x) < EXACT
-    assert torch.isfinite(found).all() and len(steps) == 2
+    expected = torch.nn.functional.silu(x.double()) * x
+    # Of an exponential, relative, the rounding of its power counts. Those of less than 2 ** -126 are as good as 0.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6 * max(1, scale), atol=1e-30)
+    assert len(steps) == 2
 
 
 def test_halves_of_one_stack_are_read_in_place(steps):
