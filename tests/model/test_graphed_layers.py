@@ -95,14 +95,15 @@ def test_packed_weights(tmp_path, kind):
     assert (found - expected).norm() < ROUNDED * expected.norm()
 
 
-def test_few_rows_and_bfloat16_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", [7, 40])
+def test_bfloat16_weights(tmp_path, monkeypatch, length):
     """By `ik_rows.py`, whatever the size of a matrix."""
     steps, step = [], ik_rows._step
     monkeypatch.setattr(ik_rows, "LARGE", 0)
     monkeypatch.setattr(ik_rows, "_step", lambda *operands, **limit: steps.append(operands) or step(*operands, **limit))
     file, reference = converted(tmp_path, replace(SMALL, residual=0.1), lambda name: Q.BF16)
-    expected = reference.hidden_before_norm(prompt(7))
-    found = model_host.run(model_host.load_gguf(file, dtype="bfloat16"), prompt(7)).hidden_states.float()
+    expected = reference.hidden_before_norm(prompt(length))
+    found = model_host.run(model_host.load_gguf(file, dtype="bfloat16"), prompt(length)).hidden_states.float()
     assert (found - expected).norm() < ROUNDED * expected.norm()
     assert len(steps) > 7 * SMALL.num_layers
 
