@@ -12,6 +12,8 @@ from numba import cfunc, types
 # A step of ggml's graphs (`ggml_custom1_op_t`): result, an operand, the thread, their number, and data.
 GRAPH_STEP = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
 
+SHARED = "vector_code", "compiled_numbers"  # modules that compiled functions of several packages call
+
 
 def digest(*modules: str) -> int:
     """Of the source files of these modules of the package, such as `packed.row_kernels`; never 0."""

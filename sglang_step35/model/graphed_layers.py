@@ -11,7 +11,6 @@ Letters: T tokens, H hidden size.
 
 from collections.abc import Sequence
 from itertools import count
-from math import prod
 
 import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -22,12 +21,10 @@ from sglang_step35.model.attention import GatedAttention
 from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.layer_steps import ROWS, Layer, Memory, begin, end
 from sglang_step35.packed import ik_library
-from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
+from sglang_step35.packed.ik_check import usable
 from sglang_step35.packed.ik_library import GRAPH_NODES, Graph
 from sglang_step35.packed.ik_steps import Steps
 
-NATIVE_ROWS = 8  # where torch multiplies bfloat16 by instructions of the CPU, and the layers are in bfloat16 and large
-LARGE = 1 << 20  # weights of the attention's output: of smaller layers, torch's calls cost more than its products save
 _SERIAL = count()
 
 
@@ -54,10 +51,7 @@ class GraphedLayers(nn.Module):
     def _faster(self, x: Tensor) -> bool:
         if x.dtype is torch.float32 or not 0 < len(x) <= ROWS or not usable():
             return False
-        layers = self._weights()
-        if len(x) > NATIVE_ROWS and multiplies_bfloat16() and layers and _is_large_bfloat16(layers[0]):
-            return False
-        return bool(layers)
+        return bool(self._weights())
 
     def _weights(self) -> list[Layer]:
         """Empty where the library does not read them all."""
@@ -131,7 +125,3 @@ class GraphedLayers(nn.Module):
         if number < len(layers):
             outputs += begin(steps, layers[number], stream, memory, rows)
         return steps.build(outputs, memory.between, threads)
-
-
-def _is_large_bfloat16(layer: Layer) -> bool:
-    return layer.output.type.name == "BF16" and prod(layer.output.shape) >= LARGE

@@ -7,7 +7,7 @@ whoever builds a graph checks types and shapes first. One thread may use it at a
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p, cast
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,6 +164,16 @@ class Library:
     def tensor(self, kind: int, *shape: int):
         """A pointer to a new tensor of up to three dimensions, the innermost first, without data."""
         return self.ggml_new_tensor_3d(self.arena, kind, *shape, *[1] * (3 - len(shape)))
+
+    def callback(self, function, data: int | None, shape: tuple[int, ...], *sources):
+        """A step, float32 [shape], by a numba callback (`numba_cache.GRAPH_STEP`) on every thread.
+
+        The function finds the sources from the result's `src[1]` on; data: what it gets besides, an address.
+        """
+        out = self.ggml_map_custom1(self.arena, self.tensor(F32, *shape), function.address, EVERY_THREAD, data)
+        for number, source in enumerate(sources, start=1):
+            out.contents.src[number] = cast(source, c_void_p)
+        return out
 
     def graph(self, key: tuple, build: Callable, nodes: int = GRAPH_NODES):
         """What `build` made for this key before, or makes now, in the arena; a full arena is emptied first.

@@ -1,25 +1,17 @@
-"""Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for few rows and bfloat16 weights.
+"""Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
+
+The latter rounds activations to bfloat16 where more than 8 rows share a matrix, as torch's product does.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, E experts,
 k chosen experts of a token, T tokens.
 """
 
-from ctypes import c_void_p, cast
-
 from sglang_step35.packed.ggml import TYPES
-from sglang_step35.packed.ik_library import CALLBACK_LIMIT, EVERY_THREAD, F32, SILU, Library, float_bits
+from sglang_step35.packed.ik_library import CALLBACK_LIMIT, SILU, Library, float_bits
 
-ROWS = 8  # tokens, at most, that share a matrix
-APART = 64  # tokens, at most, that choose few of many matrices each
-AT_ONCE = 4  # of them that share what was read of the weights
-NEAR = 1 << 13  # activations that stay in a core's nearest cache while weights pass by
-LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses nothing
+ROWS = 64  # of a matrix, at most, of each expert on average: torch's bfloat16 product pays for more
+LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses little
 _BF16 = TYPES["BF16"].number
-
-
-def suits(rows: int, columns: int) -> bool:
-    """Whether activations [rows, columns] and bfloat16 weights are multiplied faster here than by the library."""
-    return rows <= ROWS and min(rows, AT_ONCE) * columns <= NEAR
 
 
 def product(library: Library, weight, x):
@@ -31,7 +23,7 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    if not _ours((weight,), x.contents.ne[2], apart=True):
+    if not _ours((weight,), _rows_of_each(ids, weight)):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
     return _step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
 
@@ -45,26 +37,26 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    if _ours((gate, up), x.contents.ne[2], apart=True):
+    if _ours((gate, up), _rows_of_each(ids, gate)):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
 
 
-def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:
-    """apart: few of the tokens share a matrix."""
+def _rows_of_each(ids, weight) -> float:
+    """On average, of the experts' matrices."""
+    return ids.contents.ne[0] * ids.contents.ne[1] / weight.contents.ne[2]
+
+
+def _ours(weights: tuple, rows: float) -> bool:
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
-    columns = shapes[0][1]
-    fits = tokens <= APART and suits(1, columns) if apart else suits(tokens, columns)
-    return fits and all(kind == _BF16 and columns * rows >= LARGE for kind, columns, rows in shapes)
+    return rows <= ROWS and all(kind == _BF16 and width * height >= LARGE for kind, width, height in shapes)
 
 
 def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
-    """A float32 result of this shape by our callback, which finds the sources behind it."""
+    """A float32 result of this shape."""
     from sglang_step35.packed.row_kernels import compiled  # importing numba takes a second: only where it is needed
 
-    out = library.ggml_map_custom1(library.arena, library.tensor(F32, *shape), compiled().address, EVERY_THREAD, None)
-    for place, source in enumerate(sources, start=1):
-        out.contents.src[place] = cast(source, c_void_p)
+    out = library.callback(compiled(), None, shape, *sources)
     out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)
     return out
 

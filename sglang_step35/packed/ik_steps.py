@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sglang_step35.packed import ik_rows
 from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import EVERY_THREAD, F32, GRAPH_NODES, NEOX, CTensor, Graph, Library, place
+from sglang_step35.packed.ik_library import F32, GRAPH_NODES, NEOX, CTensor, Graph, Library, place
 
 ALIGNMENT = 64  # bytes, of every result
 
@@ -71,13 +71,8 @@ class Steps:
         return rotated
 
     def callback(self, function, data: int, shape: tuple[int, ...], *sources):
-        """A float32 result of this shape by a numba callback (`numba_cache.GRAPH_STEP`), which is given `data`."""
-        out = self.library.ggml_map_custom1(
-            self.library.arena, self.library.tensor(F32, *shape), function.address, EVERY_THREAD, data
-        )
-        for number, source in enumerate(sources, start=1):
-            out.contents.src[number] = cast(source, c_void_p)
-        return out
+        """See `Library.callback`."""
+        return self.library.callback(function, data, shape, *sources)
 
     def end_part(self, step) -> None:
         """Behind this step nothing of what came before is read, but for what was put in a place."""

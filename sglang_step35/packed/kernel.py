@@ -15,7 +15,7 @@ from torch import Tensor
 from sglang_step35.packed import ik_kernel, plain
 from sglang_step35.packed.ggml import GGMLTensor
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
-from sglang_step35.packed.ik_rows import suits
+from sglang_step35.packed.ik_rows import ROWS
 from sglang_step35.packed.tensor import PackedTensor
 
 
@@ -35,8 +35,8 @@ def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
 
 
 def is_native(x: Tensor) -> bool:
-    """Whether torch is ahead with bfloat16 weights: by the CPU's instructions, for more rows than suit `ik_rows.py`."""
-    return x.dtype is torch.bfloat16 and len(x) > 1 and not suits(*x.shape) and multiplies_bfloat16()
+    """Whether torch is ahead with bfloat16 weights: by the CPU's instructions, beyond what `ik_rows.py` takes."""
+    return x.dtype is torch.bfloat16 and len(x) > ROWS and multiplies_bfloat16()
 
 
 def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:

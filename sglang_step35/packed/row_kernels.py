@@ -1,141 +1,209 @@
-"""Few rows of activations times bfloat16 weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
+"""Up to 64 rows of activations times bfloat16 weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
 
-The wheel's own kernel reads four or five neighbouring rows of weights at once. Where several of them share a page of
-memory, prefetching seems to fall behind: 11 GB/s on a core that reads 28 (Zen 4, rows of 2 KB). Here weights are read
-as two streams that share no page: 30 GB/s for one row of activations, 14 for four. Sums and activations are float32.
-Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations.
+Weights are read as several streams that share no page of memory: neighbouring rows, as the wheel's own kernel reads
+them, come at 11 GB/s on a core that reads 25 to 30 (Zen 4, rows of 2 KB), where prefetching seems to fall behind. What
+several rows of activations need next is fetched by instructions while the tiles of `row_tiles.py` multiply.
+
+Activations are float32, and so are products and sums of up to EXACT_ROWS of them. More of one matrix are rounded to
+bfloat16 where the CPU multiplies pairs of such numbers, as torch's product rounds them: 16 rows are multiplied at 150
+to 197 GFLOP/s so, of 227 that a core can, in float32 at 105 of 115, and torch's does 97 to 118. Where all activations
+are bfloat16 numbers already this loses nothing: they go that way from the second tile on.
+
+Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations, W rows of weights read at once.
 """
 
 import ctypes
 from functools import cache
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba.extending import overload
 
-from sglang_step35.numba_cache import callback, digest
+from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, power_of_2
+from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
+from sglang_step35.packed.row_tiles import ROWS, add_products, group, weights_at_once
+from sglang_step35.vector_code import lanes, multiplies_pairs
 
-_OPTIONS = dict(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-_CALLBACK = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
+_SOURCES = "packed.row_kernels", "packed.row_tiles", "packed.ik_library", *SHARED
+EXACT_ROWS = 8
+_SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
+
 # Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
 _NE, _NB, _SRC, _DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb", "src", "data"))
 _WORDS = ctypes.sizeof(CTensor) // 8
 _LIMIT = CTensor.op_params.offset // 4 + CALLBACK_LIMIT
+_W, _LANES, _GROUP = weights_at_once(), lanes(), group()
+_SPACE = 32  # columns between packed rows: whole pages apart they would share few lines of a cache
+_ROOM = 4096  # sums of a block: they stay in the nearest cache
+_AT_ONCE = 2048  # columns of W rows that stay in the nearest cache while rows of activations pass by
+_LOG2E = np.float32(1.4426950408889634)
 
 
-@intrinsic
-def _pointer(_typing, address):
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
-@njit(**_OPTIONS)
-def _floats(address, count):
-    return carray(_pointer(address), count, np.float32)
-
-
-@njit(**_OPTIONS)
+@njit(**EXACT)
 def _words(address):
-    return carray(_pointer(address), _WORDS, np.int64)
+    return carray(pointer(address), _WORDS, np.int64)
 
 
-@njit(**_OPTIONS)
-def _matrix_of(ids, row, slots):
-    """Which matrix a row of activations wants; ids: address of their tensor, 0 for none."""
+@njit(**EXACT)
+def _matrix_of(ids, row, slots, count):
+    """Which of `count` matrices a row of activations wants, `count` for none; ids: address of their tensor, or 0."""
     if ids == 0:
         return np.int64(0)
     data, strides = _words(ids)[_DATA], _words(ids)[_NB + 1]
-    return np.int64(carray(_pointer(data + row // slots * strides + row % slots * 4), 1, np.int32)[0])
+    number = np.int64(carray(pointer(data + row // slots * strides + row % slots * 4), 1, np.int32)[0])
+    return count if number < 0 else number
 
 
-@njit(**_OPTIONS)
-def _matrix(out, number, places, count, limit, part, parts):
+@njit(**EXACT)
+def _pitch(columns):
+    """Numbers from one packed row to the next."""
+    return (columns + _GROUP - 1) // _GROUP * _GROUP + _SPACE
+
+
+@njit(**EXACT)
+def _is_short(address, count):
+    """Whether these float32 numbers are all bfloat16 ones."""
+    words, lower = carray(pointer(address), count, np.uint32), np.uint32(0)
+    for k in range(count):
+        lower |= words[k] & np.uint32(0xFFFF)
+    return lower == 0
+
+
+def _pack(kind, x, columns, to):
+    """x [K] at its address as `add_products` reads it."""
+    raise NotImplementedError("for compiled code alone")
+
+
+@overload(_pack)
+def _pack_as(kind, x, columns, to):
+    def exact(kind, x, columns, to):
+        x, to = floats(x, columns), floats(to, columns + _GROUP)
+        whole = columns // _GROUP * _GROUP
+        for first in range(0, whole, _GROUP):
+            for i in range(_LANES):
+                to[first + i] = x[first + 2 * i]
+                to[first + _LANES + i] = x[first + 2 * i + 1]
+        if whole < columns:
+            for i in range(_GROUP):
+                k = whole + 2 * (i % _LANES) + i // _LANES
+                to[whole + i] = x[k] if k < columns else np.float32(0)
+
+    def short(kind, x, columns, to):
+        x, to = floats(x, columns), carray(pointer(to), columns + _GROUP, kind)
+        for k in range(columns):
+            to[k] = narrow(kind, x[k])
+        for k in range(columns, (columns + _GROUP - 1) // _GROUP * _GROUP):
+            to[k] = 0
+
+    return exact if kind.dtype == types.float32 else short
+
+
+@njit(**EXACT)
+def _find(streams, first, step, steps, end, to):
+    """to [W]: addresses of a step's rows of weights. streams [3, W]: where a matrix begins, its rows' stride, and
+    how many blocks of steps lie before the stream."""
+    for j in range(_W):
+        to[j] = streams[0, j] + streams[1, j] * min(first + streams[2, j] * steps + step, end - 1)
+
+
+@njit(**EXACT)
+def _block(kind, streams, x, columns, count, first, steps, end, room):
+    """room: sums [steps, P, W] of the rows of weights from `first` on, those of a stream in successive steps."""
+    floats(room, steps * count * _W)[:] = 0
+    places, later = streams[3], streams[4]
+    at_once = columns if count <= ROWS else _AT_ONCE
+    in_time = count == 1 or (count == 2 and columns <= _AT_ONCE)  # what is wanted next comes without being asked for
+    _find(streams, first, 0, steps, end, later)
+    for step in range(steps):
+        places, later = later, places
+        _find(streams, first, step + 1, steps, end, later)
+        ahead = places if in_time else later
+        to = room + step * count * _W * 4
+        for k in range(0, columns, at_once):
+            last = min(columns, k + at_once)
+            add_products(kind, x, _pitch(columns), count, k, last, places.ctypes.data, ahead.ctypes.data, to)
+
+
+@njit(**EXACT)
+def _silu(x):
+    return x / (np.float32(1) + power_of_2(min(x * -_LOG2E, np.float32(126))))
+
+
+@njit(**EXACT)
+def _store(to, own, count, first, steps, end, room, limit):
+    """A block's sums, or what a gated network makes of them, into rows at addresses to [P]; limit 0: none."""
+    sums, between = floats(room, steps * count * _W), count * _W
+    for p in range(count):
+        for j in range(own):
+            begin = first + j * steps
+            row, at, rows = floats(to[p] + begin * 4, steps), p * _W + j, min(steps, end - begin)
+            if own == _W:
+                for i in range(rows):
+                    row[i] = sums[at + i * between]
+            elif limit > 0:
+                for i in range(rows):
+                    left, right = _silu(sums[at + i * between]), sums[at + own + i * between]
+                    row[i] = min(left, limit) * min(max(right, -limit), limit)
+            else:
+                for i in range(rows):
+                    row[i] = _silu(sums[at + i * between]) * sums[at + own + i * between]
+
+
+@njit(**EXACT)
+def _streams(out, number, own):
+    """See `_find`; two rows more for its results. own: streams of the first matrix, behind them those of the second."""
+    streams = np.empty((5, _W), np.int64)
+    for j in range(_W):
+        weights = _words(out[_SRC + 1 + j // own])
+        streams[0, j], streams[1, j] = weights[_DATA] + number * weights[_NB + 2], weights[_NB + 1]
+        streams[2, j] = j % own
+    return streams
+
+
+@njit(**EXACT)
+def _multiply(kind, out, number, places, count, part, parts, limit):
     """places [2, P]: addresses of the `count` rows that want this matrix, and of their results."""
-    first, second, is_gated = _words(out[_SRC + 1]), _words(out[_SRC + 2]), out[_SRC + 1] != out[_SRC + 2]
-    columns, size = first[_NE], first[_NE + 1]
-    low, high = size * part // parts, size * (part + 1) // parts
-    if number < 0:
+    columns, size = _words(out[_SRC + 1])[_NE], _words(out[_SRC + 1])[_NE + 1]
+    low, end = size * part // parts, size * (part + 1) // parts
+    own = _W if out[_SRC + 1] == out[_SRC + 2] else _W // 2
+    needed = (end - low + own - 1) // own
+    blocks = max(1, (needed * count * _W + _ROOM - 1) // _ROOM)
+    steps = (needed + blocks - 1) // blocks
+    streams, sums = _streams(out, number, own), np.empty(steps * count * _W, np.float32)
+    packed = np.empty(count * _pitch(columns), kind)
+    for p in range(count):
+        _pack(kind, places[0, p], columns, packed[p * _pitch(columns) :].ctypes.data)
+    for first in range(low, end, max(1, steps * own)):
+        _block(kind, streams, packed.ctypes.data, columns, count, first, steps, end, sums.ctypes.data)
+        _store(places[1], own, count, first, steps, end, sums.ctypes.data, limit)
+
+
+@njit(**EXACT)
+def _matrix(out, number, places, count, part, parts, limit):
+    """See `_multiply`; rows that want none become zeros."""
+    first = _words(out[_SRC + 1])
+    if number == first[_NE + 2]:
+        for p in range(count if part == 0 else 0):
+            floats(places[1, p], first[_NE + 1])[:] = 0
+        return
+    short = count > EXACT_ROWS
+    if not short and count > ROWS:
+        short = True
         for p in range(count):
-            for row in range(low, high):
-                _floats(places[1, p], size)[row] = 0
-        return
-    apart = 0 if is_gated else (high - low + 1) // 2
-    for row in range(low, high if is_gated else low + apart):
-        other = min(row + apart, high - 1)
-        a = _bits(first, number, row, columns)
-        b = _bits(second, number, other, columns)
-        whole = count // 4 * 4
-        for p in range(0, whole, 4):
-            sums = _four(a, b, places[0], p, columns)
-            for i in range(4):
-                _store(_floats(places[1, p + i], size), row, other, sums[i], sums[i + 4], is_gated, limit)
-        for p in range(whole, count):
-            left, right = _one(a, b, _floats(places[0, p], columns))
-            _store(_floats(places[1, p], size), row, other, left, right, is_gated, limit)
-
-
-@njit(**_OPTIONS)
-def _bits(weights, number, row, columns):
-    address = weights[_DATA] + number * weights[_NB + 2] + row * weights[_NB + 1]
-    return carray(_pointer(address), columns, np.uint16)
-
-
-@njit(**_OPTIONS)
-def _wide(bits):
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@njit(**_OPTIONS)
-def _one(a, b, x):
-    """Two rows of weights [K] times one of activations."""
-    ax = bx = np.float32(0)
-    for k in range(len(x)):
-        ax += _wide(a[k]) * x[k]
-        bx += _wide(b[k]) * x[k]
-    return ax, bx
-
-
-@njit(**_OPTIONS)
-def _four(a, b, inputs, p, columns):
-    """Two rows of weights times four of activations, those at addresses p .. p + 3: a's sums, then b's."""
-    x, y = _floats(inputs[p], columns), _floats(inputs[p + 1], columns)
-    z, w = _floats(inputs[p + 2], columns), _floats(inputs[p + 3], columns)
-    ax = ay = az = aw = bx = by = bz = bw = np.float32(0)
-    for k in range(columns):
-        left, right = _wide(a[k]), _wide(b[k])
-        ax += left * x[k]
-        ay += left * y[k]
-        az += left * z[k]
-        aw += left * w[k]
-        bx += right * x[k]
-        by += right * y[k]
-        bz += right * z[k]
-        bw += right * w[k]
-    return ax, ay, az, aw, bx, by, bz, bw
-
-
-@njit(**_OPTIONS)
-def _store(out, row, other, left, right, is_gated, limit):
-    """Both sums, or what a gated network makes of them; limit 0: none."""
-    if not is_gated:
-        out[row], out[other] = left, right
-        return
-    left = left / (np.float32(1) + np.exp(-left))
-    if limit > 0:
-        left, right = min(left, limit), min(max(right, -limit), limit)
-    out[row] = left * right
+            short = short and _is_short(places[0, p], first[_NE])
+    if short:
+        _multiply(_SHORT, out, number, places, count, part, parts, limit)
+    else:
+        _multiply(np.float32, out, number, places, count, part, parts, limit)
 
 
 @cache
 def compiled():
     """`multiply`, whose address is one of ggml's callbacks."""
-    sources = digest("packed.row_kernels", "packed.ik_library")
+    sources = digest(*_SOURCES)
 
-    @callback(_CALLBACK)
+    @callback(GRAPH_STEP)
     def multiply(address, _shape, part, parts, _data):
         """One thread's part: some rows of every matrix that is wanted.
 
@@ -144,21 +212,21 @@ def compiled():
         """
         out = carray(address, _WORDS, np.int64)
         limit = carray(address, 2 * _WORDS, np.float32)[_LIMIT]
-        x, ids, slots = _words(out[_SRC + 3]), out[_SRC + 4], out[_NE + 1]
+        x, ids, slots, matrices = _words(out[_SRC + 3]), out[_SRC + 4], out[_NE + 1], _words(out[_SRC + 1])[_NE + 2]
         count = slots * out[_NE + 2] if sources else 0  # for the key of the cache
+        first, following = np.full(matrices + 1, -1), np.empty(count, np.int64)  # rows that want the same matrix
+        for p in range(count - 1, -1, -1):
+            number = _matrix_of(ids, p, slots, matrices)
+            first[number], following[p] = p, first[number]
         places = np.empty((2, count), np.int64)
-        for p in range(count):
-            number, wanted = _matrix_of(ids, p, slots), 0
-            for q in range(count):
-                if _matrix_of(ids, q, slots) != number:
-                    continue
-                if q < p:  # done before
-                    break
-                token, slot = q // slots, q % slots
+        for number in range(matrices + 1):
+            wanted, p = 0, first[number]
+            while p >= 0:
+                token, slot = p // slots, p % slots
                 places[0, wanted] = x[_DATA] + token * x[_NB + 2] + slot % x[_NE + 1] * x[_NB + 1]
                 places[1, wanted] = out[_DATA] + token * out[_NB + 2] + slot * out[_NB + 1]
-                wanted += 1
+                wanted, p = wanted + 1, following[p]
             if wanted:
-                _matrix(out, number, places, wanted, limit, part, parts)
+                _matrix(out, number, places, wanted, part, parts, limit)
 
     return multiply

@@ -95,14 +95,15 @@ def test_packed_weights(tmp_path, kind):
     assert (found - expected).norm() < ROUNDED * expected.norm()
 
 
-def test_few_rows_and_bfloat16_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", [7, 40])
+def test_bfloat16_weights(tmp_path, monkeypatch, length):
     """By `ik_rows.py`, whatever the size of a matrix."""
     steps, step = [], ik_rows._step
     monkeypatch.setattr(ik_rows, "LARGE", 0)
     monkeypatch.setattr(ik_rows, "_step", lambda *operands, **limit: steps.append(operands) or step(*operands, **limit))
     file, reference = converted(tmp_path, replace(SMALL, residual=0.1), lambda name: Q.BF16)
-    expected = reference.hidden_before_norm(prompt(7))
-    found = model_host.run(model_host.load_gguf(file, dtype="bfloat16"), prompt(7)).hidden_states.float()
+    expected = reference.hidden_before_norm(prompt(length))
+    found = model_host.run(model_host.load_gguf(file, dtype="bfloat16"), prompt(length)).hidden_states.float()
     assert (found - expected).norm() < ROUNDED * expected.norm()
     assert len(steps) > 7 * SMALL.num_layers
 
@@ -139,23 +140,11 @@ def test_what_lies_between_the_steps_must_fit(backbone, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "native", "large", "kind", "graphs"),
-    [
-        (1, "bfloat16", False, True, "BF16", True),
-        (64, "bfloat16", False, True, "BF16", True),
-        (65, "bfloat16", False, True, "BF16", False),
-        (0, "bfloat16", False, True, "BF16", False),
-        (1, "float32", False, True, "BF16", False),
-        (8, "bfloat16", True, True, "BF16", True),
-        (9, "bfloat16", True, True, "BF16", False),
-        (9, "bfloat16", True, False, "BF16", True),
-        (9, "bfloat16", True, True, "Q8_0", True),
-    ],
+    ("rows", "dtype", "graphs"),
+    [*((rows, "bfloat16", 0 < rows <= 64) for rows in (0, 1, 64, 65)), (1, "float32", False)],
 )
-def test_when(monkeypatch, loaded, rows, dtype, native, large, kind, graphs):
-    """The attention's output has 64 x 64 weights."""
-    monkeypatch.setattr(graphed_layers, "multiplies_bfloat16", lambda: native)
-    monkeypatch.setattr(graphed_layers, "LARGE", 4096 if large else 4097)
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_when(monkeypatch, loaded, rows, dtype, kind, graphs):
     layers, ways = loaded[kind].model.graphed, []
     monkeypatch.setattr(layers, "by_graphs", lambda x, batch: ways.append(True), raising=False)
     monkeypatch.setattr(single_rank, "decoder_layers", lambda layers, x, batch: ways.append(False))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_step35.model import experts, product
-from sglang_step35.packed import ik_check, ik_kernel, kernel
+from sglang_step35.packed import ik_check, ik_kernel, ik_rows, kernel
 from tests.packed.test_ik_kernel import BF16, chosen_experts, error
 
 pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is not usable here")
@@ -32,10 +32,10 @@ def native(request, monkeypatch):
 
 def test_products(calls, native):
     weight = torch.randn(48, 96).bfloat16()
-    for rows in (1, 4, 40):
+    for rows in (1, 64, 65):
         x = torch.randn(rows, 96).bfloat16()
         assert error(product.linear(x, weight), x.float() @ weight.float().T) < BF16
-    assert calls == ([1, 4] if native else [1, 4, 40])
+    assert calls == ([1, 64] if native else [1, 64, 65])
 
 
 def test_what_stays_with_torch(calls):
@@ -56,10 +56,10 @@ def test_experts_in_turn_are_grouped_ones():
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(("apart", "taken"), [(64, [1, 8]), (0, [1, 4])])
-def test_experts(monkeypatch, calls, native, apart, taken):
-    """Four or two times as many rows as experts is where torch with bfloat16 instructions takes over."""
-    monkeypatch.setattr(experts, "APART", apart)
+@pytest.mark.parametrize(("most", "taken"), [(64, [1, 128]), (2, [1, 4])])
+def test_experts(monkeypatch, calls, native, most, taken):
+    """Torch with bfloat16 instructions takes over where an expert has more rows, on average, than we take."""
+    monkeypatch.setattr(ik_rows, "ROWS", most)
     w13, w2 = torch.randn(4, 128, 96).bfloat16() / 8, torch.randn(4, 96, 64).bfloat16() / 8
     for rows in (*taken, taken[-1] + 1):
         x, weights = torch.randn(rows, 96).bfloat16(), torch.rand(rows, 2)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sglang_step35.attention.portable import paged_kernel, team
 from sglang_step35.attention.portable.kernel_calls import KVReader
-from sglang_step35.attention.portable.tiles import lanes
 from sglang_step35.packed.ik_check import usable
+from sglang_step35.vector_code import lanes
 
 ALONE = 1 << 19  # products that one core has done before another one has begun
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

@@ -15,11 +15,12 @@ from functools import cache
 import numpy as np
 from numba import carray, njit, types
 
-from sglang_step35.attention.portable.softmax_rows import EXACT, NEVER, fill, floats, merge, narrow, weigh, widen
-from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, pointer, scores
-from sglang_step35.numba_cache import GRAPH_STEP, callback, digest
+from sglang_step35.attention.portable.softmax_rows import NEVER, fill, merge, weigh
+from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, scores
+from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, widen
+from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 
-_SOURCES = tuple(f"attention.portable.{name}" for name in ("paged_kernel", "softmax_rows", "tiles"))
+_SOURCES = *(f"attention.portable.{name}" for name in ("paged_kernel", "softmax_rows", "tiles")), *SHARED
 KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
 # Addresses of memory without gaps, but for rows of q and slots of keys and values, which stand `*_stride` bytes apart.
 # q, out: [T, H, D]. keys, values: [S, N, D]. table: int32 slots of each request's positions, `table_stride` bytes from
@@ -33,7 +34,10 @@ _COUNTERS = "started finished"
 
 
 class Task(Structure):
-    _fields_ = [(name, c_int64) for name in f"{_ADDRESSES} {_STRIDES} {_NUMBERS} {_COUNTERS}".split()] + [("scale", c_double)]
+    _fields_ = [
+        *((name, c_int64) for name in f"{_ADDRESSES} {_STRIDES} {_NUMBERS} {_COUNTERS}".split()),
+        ("scale", c_double),
+    ]
 
 
 # index: its row of `table`. first_block: its first among one head's blocks of all requests. Of the last

@@ -1,0 +1,146 @@
+"""LLVM vector code for functions that numba compiles: what its own loops do not keep in registers.
+
+Memory is given by its address. Halves are the upper halves of float32 numbers: bfloat16, as 16-bit integers.
+"""
+
+from functools import cache
+
+from llvmlite import binding, ir
+from numba.core import cgutils
+
+FLOAT, INT64, INT32, INT16 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16)
+BYTE = ir.IntType(8).as_pointer()
+
+
+@cache
+def lanes() -> int:
+    """float32 numbers of a vector: 16 where 32 registers hold as many, else two registers of 4 or one of 8."""
+    return 16 if binding.get_host_cpu_features().get("avx512f") else 8
+
+
+@cache
+def multiplies_pairs() -> bool:
+    """Whether one instruction adds the products of two bfloat16 numbers to each of 16 sums."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16"))
+
+
+def vector(element, count: int | None = None):
+    return ir.VectorType(element, count or lanes())
+
+
+class _BFloat(ir.Type):
+    """What llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_BFLOAT = _BFloat()
+
+
+class Code:
+    """Vector instructions at the end of a builder's block."""
+
+    def __init__(self, builder):
+        self.builder = builder
+
+    def shift(self, address, index, width: int):
+        """address + index * width bytes."""
+        if isinstance(index, int):
+            index = INT64(index)
+        return self.builder.add(address, self.builder.mul(index, INT64(width)))
+
+    def integer(self, address):
+        return self.builder.load(self.at(INT64, address))
+
+    def load(self, address, count: int | None = None):
+        return self.builder.load(self.at(vector(FLOAT, count), address), align=4)
+
+    def load_halves(self, address, count: int):
+        return self.builder.load(self.at(vector(INT16, count), address), align=2)
+
+    def load_first_halves(self, address, number, count: int):
+        """The first `number` of them, zeros behind; what lies there is not read."""
+        kind, to = vector(INT16, count), vector(INT16, count).as_pointer()
+        steps = ir.Constant(kind, list(range(count)))
+        mask = self.builder.icmp_unsigned("<", steps, self.splat(self.builder.trunc(number, INT16), count))
+        name = f"llvm.masked.load.v{count}i16.p0"
+        function = ir.FunctionType(kind, [to, INT32, mask.type, kind])
+        function = cgutils.get_or_insert_function(self.builder.module, function, name)
+        return self.builder.call(function, [self.at(kind, address), INT32(2), mask, ir.Constant(kind, [0] * count)])
+
+    def widen(self, halves):
+        """float32 numbers of their upper halves."""
+        return self._upper(self.builder.zext(halves, vector(INT32, halves.type.count)))
+
+    def widen_even(self, halves):
+        """Of numbers 0, 2, ..."""
+        return self._upper(self.builder.bitcast(halves, vector(INT32, halves.type.count // 2)))
+
+    def widen_odd(self, halves):
+        """Of numbers 1, 3, ..."""
+        pairs = self.builder.bitcast(halves, vector(INT32, halves.type.count // 2))
+        upper = self.builder.and_(pairs, ir.Constant(pairs.type, [0xFFFF0000] * pairs.type.count))
+        return self.builder.bitcast(upper, vector(FLOAT, pairs.type.count))
+
+    def _upper(self, words):
+        bits = self.builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
+        return self.builder.bitcast(bits, vector(FLOAT, words.type.count))
+
+    def store(self, value, address) -> None:
+        self.builder.store(value, self.at(value.type, address), align=4)
+
+    def splat(self, one, count: int):
+        """One number in all lanes."""
+        alone = self.builder.insert_element(ir.Constant(vector(one.type, count), ir.Undefined), one, INT32(0))
+        return self.pick(alone, alone, [0] * count)
+
+    def multiply_add(self, a, b, c):
+        product = self.builder.fmul(a, b, flags=("contract",))
+        return self.builder.fadd(product, c, flags=("contract",))
+
+    def add_pairs(self, a, b, c):
+        """c + the products of pairs of a's and b's bfloat16 numbers, side by side; needs `multiplies_pairs()`."""
+        kind, sums = vector(_BFLOAT, 2 * lanes()), vector(FLOAT)
+        function = ir.FunctionType(sums, [sums, kind, kind])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes()}"
+        function = cgutils.get_or_insert_function(self.builder.module, function, name)
+        return self.builder.call(function, [c, self.builder.bitcast(a, kind), self.builder.bitcast(b, kind)])
+
+    def pick(self, a, b, numbers: list[int]):
+        """These lanes of a, and of b behind them."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(vector(INT32, len(numbers)), numbers))
+
+    def totals(self, vectors: list):
+        """A vector of the sums of each vector's lanes; 2, 4, .. vectors, up to as many as there are lanes."""
+        each = lanes()
+        while each > 1:
+            each //= 2
+            if len(vectors) == 1:
+                vectors = [self._halve(vectors[0], vectors[0], each)]
+            else:
+                vectors = [self._halve(a, b, each) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        return vectors[0]
+
+    def _halve(self, a, b, half: int):
+        """The groups of 2 * half lanes of a, and then of b if it is another, become groups of half as many."""
+        groups = range(0, a.type.count * (1 if a is b else 2), 2 * half)
+        low = [group + lane for group in groups for lane in range(half)]
+        return self.builder.fadd(self.pick(a, b, low), self.pick(a, b, [lane + half for lane in low]))
+
+    def prefetch(self, address) -> None:
+        """The line there begins to come nearer."""
+        kind = ir.FunctionType(ir.VoidType(), [BYTE, INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [self.builder.inttoptr(address, BYTE), INT32(0), INT32(2), INT32(1)])
+
+    def zeros(self, count: int) -> list:
+        """Places of vectors of sums, which become registers."""
+        zero = ir.Constant(vector(FLOAT), [0.0] * lanes())
+        places = [cgutils.alloca_once(self.builder, zero.type) for _ in range(count)]
+        for place in places:
+            self.builder.store(zero, place)
+        return places
+
+    def at(self, kind, address):
+        return self.builder.inttoptr(address, kind.as_pointer())
