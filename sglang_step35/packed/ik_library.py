@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 PACKAGE, VERSION = "ik-llama-cpp-python", "0.1.5"
-F32, I32 = 0, 26  # enum ggml_type
+F32, I8, I32 = 0, 24, 26  # enum ggml_type
 FLOAT = 4  # bytes
 SIGMOID, SILU = 7, 10  # enum ggml_unary_op
 NEOX = 2  # the rotary embedding that turns channel i with channel i + r / 2
@@ -118,7 +118,10 @@ class Scratch:
 
 
 class Graph:
-    """A computation of fixed shapes: `place` its tensors, then `run`. Its parts live in the library's arena."""
+    """A computation of fixed shapes: `place` its tensors, then `run`. Its parts live in the library's arena.
+
+    Tensors of int8, which are records of activations, get their place here.
+    """
 
     def __init__(self, library: "Library", outputs: Sequence, threads: int):
         self.library = library
@@ -126,10 +129,16 @@ class Graph:
         for output in outputs:
             library.ggml_build_forward_expand(self.graph, output)
         self.plan = library.ggml_graph_plan(self.graph, threads)
+        nodes = (library.ggml_graph_node(self.graph, i) for i in range(library.ggml_graph_n_nodes(self.graph)))
+        self.records = [node.contents for node in nodes if node.contents.type == I8]
+        self.sizes = [tensor.ne[0] * tensor.ne[1] * tensor.ne[2] for tensor in self.records]
 
     def run(self) -> None:
         """Compute. Raises RuntimeError where ggml reports failure."""
         self.plan.work_data = self.library.work.address(self.plan.work_size)
+        address = self.library.records.address(sum(self.sizes))
+        for tensor, size in zip(self.records, self.sizes, strict=True):
+            tensor.data, address = address, address + size
         status = self.library.ggml_graph_compute(self.graph, byref(self.plan))
         if status:
             raise RuntimeError(f"ggml_graph_compute failed with status {status}")
@@ -138,7 +147,7 @@ class Graph:
 class Library:
     """The functions of `_SIGNATURES` as attributes, and the memory that graphs need.
 
-    work: for ggml itself. rows: for what lies between the steps of a graph.
+    work: for ggml itself. rows: for what lies between the steps of a graph. records: for its records of activations.
 
     Raises OSError or AttributeError where the file is no such library, RuntimeError where its structures differ.
     """
@@ -152,7 +161,7 @@ class Library:
             setattr(self, name, function)
         if self.ggml_tensor_overhead() != ctypes.sizeof(CTensor) + _OBJECT_BYTES:
             raise RuntimeError(f"{path} is of another version: struct ggml_tensor has another size")
-        self.work, self.rows = Scratch(), Scratch()
+        self.work, self.rows, self.records = Scratch(), Scratch(), Scratch()
         self._graphs: dict[tuple, object] = {}
         self.arena: int | None = None
 

@@ -6,6 +6,7 @@ k chosen experts of a token, T tokens.
 
 from ctypes import c_void_p, cast
 
+from sglang_step35.packed import int8_rows
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, SILU, Library, float_bits
 
@@ -25,6 +26,8 @@ def suits(rows: int, columns: int) -> bool:
 
 def product(library: Library, weight, x):
     """weight [K, N] times x [K, T] -> [N, T]."""
+    if int8_rows.takes(weight):
+        return int8_rows.step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
     if not _ours((weight,), x.contents.ne[1]):
         return library.ggml_mul_mat(library.arena, weight, x)
     return _step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
@@ -32,6 +35,8 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
+    if int8_rows.takes(weight):
+        return int8_rows.step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
     if not _ours((weight,), x.contents.ne[2], apart=True):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
     return _step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
@@ -39,6 +44,8 @@ def expert_product(library: Library, weight, x, ids):
 
 def gated(library: Library, gate, up, x, limit: float | None):
     """min(silu(gate x), limit) * clamp(up x, -limit, limit); gate, up [K, N], x [K, T] -> [N, T]."""
+    if int8_rows.takes(gate, up):
+        return int8_rows.step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
     if _ours((gate, up), x.contents.ne[1]):
         return _step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
     return _limited(library.ggml_fused_up_gate(library.arena, up, gate, x, SILU), limit)
@@ -46,6 +53,8 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
+    if int8_rows.takes(gate, up):
+        return int8_rows.step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     if _ours((gate, up), x.contents.ne[2], apart=True):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sglang_step35.packed import ik_rows
 from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, NEOX, CTensor, Graph, Library, place
+from sglang_step35.packed.ik_library import F32, I8, NEOX, CTensor, Graph, Library, place
 
 ALIGNMENT = 64  # bytes, of every result
 
@@ -81,7 +81,7 @@ class Steps:
             tensor = node.contents
             if tensor.view_src:
                 tensor.data = cast(c_void_p(tensor.view_src), POINTER(CTensor)).contents.data + tensor.view_offs
-            elif not tensor.data:
+            elif not tensor.data and tensor.type != I8:  # those are the graph's own
                 tensor.data = address
                 address += -(-self.library.ggml_nbytes(node) // ALIGNMENT) * ALIGNMENT
         if address > end:

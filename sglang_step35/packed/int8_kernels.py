@@ -1,125 +1,203 @@
-"""prototype"""
+"""Activations as int8 times interleaved rows of weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
 
+Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations.
+"""
+
+import ctypes
 from functools import cache
 
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+import numpy as np
+from numba import carray, literally, njit, types
 
-MOST = 8
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+from sglang_step35.attention.portable.softmax_rows import EXACT, floats, powers
+from sglang_step35.attention.portable.tiles import pointer
+from sglang_step35.numba_cache import callback, digest
+from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
+from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
+from sglang_step35.packed.int8_tiles import LANES, MOST, RECORD, SCALE, START, multiply_tile
+
+_SOURCES = "int8_kernels", "int8_tiles", "int8_formats", "int8_code", "ik_library"
+_SHARED = "attention.portable.softmax_rows", "attention.portable.tiles"
+CALLBACK_OFFSET, CALLBACK_PARTS = 8, 9  # which op_params of `quantise` hold these of the format
+ROWS_NEAR = 64  # rows of activations that pass by before the next ones, so that they stay in a core's own cache
+_CALLBACK = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
+# Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
+_NE, _NB, _SRC, _DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb", "src", "data"))
+_WORDS = ctypes.sizeof(CTensor) // 8
+_PARAMETERS = CTensor.op_params.offset // 4
+_LIMIT = _PARAMETERS + CALLBACK_LIMIT
+_LOG2E = np.float32(1.4426950408889634)
+_TO_INTEGER = np.float32(3 << 22)  # added to a small float32: its lowest bits are the nearest integer
+_TO_INTEGER_BITS = np.int32(0x4B400000)
 
 
-class Code:
-    def __init__(self, builder, groups):
-        self.builder, self.groups = builder, groups
-        self.lanes = 8 * groups
+@njit(**EXACT)
+def _words(address):
+    return carray(pointer(address), _WORDS, np.int64)
 
-    def at(self, kind, address, offset=0):
+
+@njit(**EXACT)
+def _integers(address, count):
+    return carray(pointer(address), count, np.int32)
+
+
+@njit(**EXACT)
+def _record(x, to, offset, parts):
+    """32 columns of a row; see `int8_tiles.py`. A NaN among them makes the scale one."""
+    values, bits, codes = floats(x, COLUMNS), _integers(x, COLUMNS), carray(pointer(to), COLUMNS, np.int8)
+    largest = np.int32(0)
+    for i in range(COLUMNS):
+        largest = max(largest, np.int32(bits[i] & np.int32(0x7FFFFFFF)))  # as integers: in the order of the numbers
+    scale = np.int32(largest).view(np.float32) / np.float32(127)
+    factor = np.float32(1) / scale if scale > 0 else np.float32(0)
+    for i in range(COLUMNS):
+        codes[i] = np.float32(values[i] * factor + _TO_INTEGER).view(np.int32) - _TO_INTEGER_BITS
+    floats(to + SCALE, 1)[0] = scale
+    share = COLUMNS // parts
+    for part in range(parts):
+        total = np.int32(0)
+        for i in range(share):
+            total += np.int32(codes[part * share + i])
         if offset:
-            address = self.builder.add(address, I64(offset))
-        return self.builder.inttoptr(address, kind.as_pointer())
-
-    def load(self, kind, address, offset=0):
-        return self.builder.load(self.at(kind, address, offset), align=1)
-
-    def pair(self, element, count, addresses, offset):
-        """vector of count per group"""
-        parts = [self.load(ir.VectorType(element, count), a, offset) for a in addresses]
-        if len(parts) == 1:
-            return parts[0]
-        order = ir.Constant(ir.VectorType(I32, 2 * count), list(range(2 * count)))
-        return self.builder.shuffle_vector(parts[0], parts[1], order)
-
-    def splat(self, kind, address, offset=0):
-        one = self.load(kind, address, offset)
-        vec = ir.VectorType(kind, self.lanes)
-        und = ir.Constant(vec, ir.Undefined)
-        one = self.builder.insert_element(und, one, I32(0))
-        return self.builder.shuffle_vector(one, und, ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes))
-
-    def const(self, element, count, value):
-        return ir.Constant(ir.VectorType(element, count), [value] * count)
-
-    def dot(self, sums, weights, acts):
-        kind = ir.VectorType(I32, self.lanes)
-        name = f"llvm.x86.avx512.vpdpbusd.{self.lanes * 32}"
-        fn = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [kind] * 3), name)
-        return self.builder.call(fn, [sums, self.builder.bitcast(weights, kind), acts])
-
-    def multiply_add(self, a, b, c):
-        product = self.builder.fmul(a, b, flags=("contract",))
-        return self.builder.fadd(product, c, flags=("contract",))
+            _integers(to + START, parts)[part] = -offset * total
+        else:
+            floats(to + START, parts)[part] = -scale * np.float32(total)
 
 
-def q4_0_weights(code, addresses):
-    b, count = code.builder, 32 * code.groups
-    for l in range(4):
-        packed = code.pair(I8, 32, addresses, 16 + 32 * l)
-        yield 4 * l, b.and_(packed, code.const(I8, count, 15))
-        yield 4 * l + 16, b.lshr(packed, code.const(I8, count, 4))
+@njit(**EXACT)
+def _places(out, starts, places):
+    """Rows in the order of the matrices that they want. starts [E + 2]: where those begin that want none (-1), matrix 0
+    and so on, and their end. places [2, P]: addresses of records, and of results.
+    """
+    x, ids, slots, count = _words(out[_SRC + 3]), out[_SRC + 4], out[_NE + 1], places.shape[1]
+    wanted = np.zeros(count, np.int32)
+    if ids:
+        for p in range(count):
+            wanted[p] = _integers(_words(ids)[_DATA] + p // slots * _words(ids)[_NB + 1], slots)[p % slots]
+    for p in range(count):
+        starts[wanted[p] + 2] += 1
+    for e in range(1, len(starts)):
+        starts[e] += starts[e - 1]
+    free = starts.copy()
+    for p in range(count):
+        token, slot, place = p // slots, p % slots, free[wanted[p] + 1]
+        free[wanted[p] + 1] += 1
+        places[0, place] = x[_DATA] + token * x[_NB + 2] + slot % x[_NE + 1] * x[_NB + 1]
+        places[1, place] = out[_DATA] + token * out[_NB + 2] + slot * out[_NB + 1]
 
 
-def q8_0_weights(code, addresses):
-    for l in range(8):
-        packed = code.pair(I8, 32, addresses, 16 + 32 * l)
-        yield 4 * l, code.builder.xor(packed, code.const(I8, 32 * code.groups, -128))
+@njit(**EXACT)
+def _nothing(results, size, low, high):
+    """What rows without a matrix have."""
+    for address in results:
+        floats(address, size)[low:high] = 0
 
 
-FORMATS = {2: (q4_0_weights, 144), 8: (q8_0_weights, 272)}
+@njit(**EXACT)
+def _matrix(kind, columns, out, number, inputs, results, limit, part, parts):
+    """One thread's rows of a matrix by these rows of activations. inputs, results [P]: addresses. columns: of a block."""
+    literally(kind)
+    first, second, is_gated = _words(out[_SRC + 1]), _words(out[_SRC + 2]), out[_SRC + 1] != out[_SRC + 2]
+    row, blocks, eights = first[_NB + 1], first[_NE] // columns, first[_NE + 1] // LANES
+    low, high = eights * part // parts, eights * (part + 1) // parts
+    apart = 0 if is_gated else (high - low + 1) // 2
+    sums = np.empty((MOST, 2 * LANES), np.float32)
+    a, b = first[_DATA] + number * first[_NB + 2], second[_DATA] + number * second[_NB + 2]
+    for start in range(0, len(inputs), ROWS_NEAR):
+        near = min(ROWS_NEAR, len(inputs) - start)
+        tiles = (near + MOST - 1) // MOST
+        for eight in range(low, high if is_gated else low + apart):
+            other = eight + apart
+            there = b + other * LANES * row if other < high else 0
+            for tile in range(tiles):
+                p, end = start + near * tile // tiles, start + near * (tile + 1) // tiles
+                places = inputs.ctypes.data + 8 * p
+                multiply_tile(kind, end - p, a + eight * LANES * row, there, row, blocks, places, sums.ctypes.data)
+                if is_gated:
+                    _store_gated(sums, results[p:end], eight, limit)
+                else:
+                    _store(sums, results[p:end], eight, other if there else eight)
 
 
-def tile(code, kind, rows, addresses, blocks, acts, out, pitch):
-    """addresses of the groups' first blocks; out: addresses of the first row's results of each group"""
-    weights_of, size = FORMATS[kind]
-    b = code.builder
-    zero = code.const(F32, code.lanes, 0.0)
-    sums = [cgutils.alloca_once_value(b, zero) for _ in range(rows)]
-    for s in sums:
-        b.store(zero, s)
-    with cgutils.for_range(b, blocks) as loop:
-        here = [b.add(a, b.mul(loop.index, I64(size))) for a in addresses]
-        x = b.add(acts, b.mul(loop.index, I64(40 * rows)))
-        dots = [code.splat(I32, x, rows * 36 + 4 * r) for r in range(rows)]
-        for column, w in weights_of(code, here):
-            for r in range(rows):
-                dots[r] = code.dot(dots[r], w, code.splat(I32, x, 32 * r + column))
-        scale = b.fpext(code.pair(ir.HalfType(), 8, here, 0), ir.VectorType(F32, code.lanes))
-        for r in range(rows):
-            factor = b.fmul(scale, code.splat(F32, x, rows * 32 + 4 * r))
-            value = b.sitofp(dots[r], ir.VectorType(F32, code.lanes))
-            b.store(code.multiply_add(value, factor, b.load(sums[r])), sums[r])
-    for r in range(rows):
-        found = b.load(sums[r])
-        row = b.mul(I64(r), pitch)
-        for g in range(code.groups):
-            order = ir.Constant(ir.VectorType(I32, 8), list(range(8 * g, 8 * g + 8)))
-            part = b.shuffle_vector(found, found, order)
-            b.store(part, code.at(part.type, b.add(out[g], row)), align=4)
+@njit(**EXACT)
+def _store(sums, results, eight, other):
+    """sums: rows of both places, or without gaps of one."""
+    width = LANES if other == eight else 2 * LANES
+    found = sums.reshape(-1)
+    for r in range(len(results)):
+        left, right = floats(results[r] + 4 * LANES * eight, LANES), floats(results[r] + 4 * LANES * other, LANES)
+        for i in range(LANES):
+            left[i] = found[r * width + i]
+        if width > LANES:
+            for i in range(LANES):
+                right[i] = found[r * width + LANES + i]
 
 
-@intrinsic(prefer_literal=True)
-def run_tile(typing, kind, rows, a, c, blocks, acts, out_a, out_c, pitch):
-    """c = 0: one group"""
-    number = kind.literal_value
+@njit(**EXACT)
+def _store_gated(sums, results, eight, limit):
+    """min(silu(gate), limit) * clamp(up, -limit, limit); limit 0: none."""
+    power = np.empty((MOST, LANES), np.float32)
+    for r in range(MOST):  # all of them, whatever they hold: so the loops are vector code
+        for i in range(LANES):
+            power[r, i] = -abs(sums[r, i]) * _LOG2E
+    powers(power.ctypes.data, MOST * LANES, np.float32(0))
+    for r in range(len(results)):
+        to = floats(results[r] + 4 * LANES * eight, LANES)
+        for i in range(LANES):
+            gate, up, small = sums[r, i], sums[r, LANES + i], power[r, i]
+            gate *= (np.float32(1) if gate >= 0 else small) / (np.float32(1) + small)
+            if limit > 0:
+                gate, up = min(gate, limit), min(max(up, -limit), limit)
+            to[i] = gate * up
 
-    def generate(context, builder, signature, arguments):
-        _, rows, a, c, blocks, acts, out_a, out_c, pitch = arguments
-        end = builder.append_basic_block("end")
-        bad = builder.append_basic_block("bad")
-        both = builder.icmp_signed("!=", c, I64(0))
-        switch = builder.switch(builder.add(rows, builder.mul(builder.zext(both, I64), I64(MOST))), bad)
-        for groups in (1, 2):
-            for r in range(1, MOST + 1):
-                block = builder.append_basic_block(f"tile{groups}x{r}")
-                switch.add_case(I64(r + (groups - 1) * MOST), block)
-                builder.position_at_end(block)
-                tile(Code(builder, groups), number, r, [a, c][:groups], blocks, acts, [out_a, out_c][:groups], pitch)
-                builder.branch(end)
-        builder.position_at_end(bad)
-        builder.unreachable()
-        builder.position_at_end(end)
-        return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 8), generate
+@cache
+def quantiser():
+    """`quantise`, whose address is one of ggml's callbacks."""
+    sources = digest(*(f"packed.{name}" for name in _SOURCES), *_SHARED)
+
+    @callback(_CALLBACK)
+    def quantise(address, _shape, part, parts, _data):
+        """One thread's part: some records of out [bytes of a row's records, slots, T], from the tensor x [K, slots, T]
+        that is its source 1.
+        """
+        out, parameters = carray(address, _WORDS, np.int64), carray(address, 2 * _WORDS, np.int32)
+        offset, own = parameters[_PARAMETERS + CALLBACK_OFFSET], parameters[_PARAMETERS + CALLBACK_PARTS]
+        x = _words(out[_SRC + 1])
+        records = x[_NE] // COLUMNS if sources else 0  # for the key of the cache
+        count = records * x[_NE + 1] * x[_NE + 2]
+        for number in range(count * part // parts, count * (part + 1) // parts):
+            row, record = number // records, number % records
+            token, slot = row // x[_NE + 1], row % x[_NE + 1]
+            values = x[_DATA] + token * x[_NB + 2] + slot * x[_NB + 1] + record * COLUMNS * 4
+            _record(values, out[_DATA] + number * RECORD, offset, own)
+
+    return quantise
+
+
+@cache
+def multiplier(number: int):
+    """`multiply` for weights of that type of the library: also a callback."""
+    sources = digest(*(f"packed.{name}" for name in _SOURCES), *_SHARED)
+    columns = FORMATS[number].groups * COLUMNS
+
+    @callback(_CALLBACK)
+    def multiply(address, _shape, part, parts, _data):
+        """One thread's part: some rows of every matrix that is wanted.
+
+        out [N, slots, T] at `address`; its sources from 1 on: matrices [K, N, E] twice, or of a gated network gate and
+        up; records [bytes, slots or 1, T]; ids [slots, T] int32 where there are several matrices, -1 for none.
+        """
+        out = carray(address, _WORDS, np.int64)
+        limit = carray(address, 2 * _WORDS, np.float32)[_LIMIT]
+        starts = np.zeros(_words(out[_SRC + 1])[_NE + 2] + 2, np.int64)
+        places = np.empty((2, out[_NE + 1] * out[_NE + 2] if sources else 0), np.int64)
+        _places(out, starts, places)
+        size = out[_NE]
+        _nothing(places[1, : starts[1]], size, size * part // parts, size * (part + 1) // parts)
+        for e in range(len(starts) - 2):
+            low, high = starts[e + 1], starts[e + 2]
+            if low < high:
+                _matrix(number, columns, out, e, places[0, low:high], places[1, low:high], limit, part, parts)
+
+    return multiply

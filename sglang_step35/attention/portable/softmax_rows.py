@@ -51,7 +51,7 @@ def weigh(scores, keys, low, high, sums, size, state):
         _multiply(sums, size, factor)
         state[0] = largest
         state[1] *= factor
-    _powers(seen, count, state[0])
+    powers(seen, count, state[0])
     state[1] += _sum(seen, count)
 
 
@@ -79,7 +79,7 @@ def _largest(address, count):
 
 
 @njit(**EXACT)
-def _powers(address, count, shift):
+def powers(address, count, shift):
     """x = 2 ** (x - shift), at most 1, within 2e-7 of itself: a polynomial, and the whole part as exponent bits."""
     x = floats(address, count)
     for i in range(count):
