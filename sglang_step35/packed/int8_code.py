@@ -44,6 +44,16 @@ class Code:
         one = self.builder.insert_element(nothing, number, INT32(0))
         return self.builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(INT32, count), [0] * count))
 
+    def pick(self, vector, lanes: Sequence[int]):
+        order = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
+        return self.builder.shuffle_vector(vector, vector, order)
+
+    def reduced(self, name: str, vector):
+        """One number of all lanes of a vector of int32."""
+        kind = ir.FunctionType(INT32, [vector.type])
+        name = f"llvm.vector.reduce.{name}.v{vector.type.count}i32"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [vector])
+
     def mask(self, vector, bits: int):
         """These bits of every byte."""
         return self.builder.and_(vector, ir.Constant(vector.type, [bits] * vector.type.count))

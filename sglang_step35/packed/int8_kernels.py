@@ -14,11 +14,11 @@ from sglang_step35.attention.portable.tiles import pointer
 from sglang_step35.numba_cache import callback, digest
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
-from sglang_step35.packed.int8_tiles import LANES, MOST, RECORD, SCALE, START, multiply_tile
+from sglang_step35.packed.int8_tiles import LANES, MOST, RECORD, multiply_tile, quantise
 
 _SOURCES = "int8_kernels", "int8_tiles", "int8_formats", "int8_code", "ik_library"
 _SHARED = "attention.portable.softmax_rows", "attention.portable.tiles"
-CALLBACK_OFFSET, CALLBACK_PARTS = 8, 9  # which op_params of `quantise` hold these of the format
+CALLBACK_OFFSET, CALLBACK_PARTS = 8, 9  # which op_params of `record` hold these of the format
 ROWS_NEAR = 64  # rows of activations that pass by before the next ones, so that they stay in a core's own cache
 _CALLBACK = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
 # Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
@@ -27,8 +27,6 @@ _WORDS = ctypes.sizeof(CTensor) // 8
 _PARAMETERS = CTensor.op_params.offset // 4
 _LIMIT = _PARAMETERS + CALLBACK_LIMIT
 _LOG2E = np.float32(1.4426950408889634)
-_TO_INTEGER = np.float32(3 << 22)  # added to a small float32: its lowest bits are the nearest integer
-_TO_INTEGER_BITS = np.int32(0x4B400000)
 
 
 @njit(**EXACT)
@@ -39,29 +37,6 @@ def _words(address):
 @njit(**EXACT)
 def _integers(address, count):
     return carray(pointer(address), count, np.int32)
-
-
-@njit(**EXACT)
-def _record(x, to, offset, parts):
-    """32 columns of a row; see `int8_tiles.py`. A NaN among them makes the scale one."""
-    values, bits, codes = floats(x, COLUMNS), _integers(x, COLUMNS), carray(pointer(to), COLUMNS, np.int8)
-    largest = np.int32(0)
-    for i in range(COLUMNS):
-        largest = max(largest, np.int32(bits[i] & np.int32(0x7FFFFFFF)))  # as integers: in the order of the numbers
-    scale = np.int32(largest).view(np.float32) / np.float32(127)
-    factor = np.float32(1) / scale if scale > 0 else np.float32(0)
-    for i in range(COLUMNS):
-        codes[i] = np.float32(values[i] * factor + _TO_INTEGER).view(np.int32) - _TO_INTEGER_BITS
-    floats(to + SCALE, 1)[0] = scale
-    share = COLUMNS // parts
-    for part in range(parts):
-        total = np.int32(0)
-        for i in range(share):
-            total += np.int32(codes[part * share + i])
-        if offset:
-            _integers(to + START, parts)[part] = -offset * total
-        else:
-            floats(to + START, parts)[part] = -scale * np.float32(total)
 
 
 @njit(**EXACT)
@@ -101,50 +76,38 @@ def _matrix(kind, columns, out, number, inputs, results, limit, part, parts):
     row, blocks, eights = first[_NB + 1], first[_NE] // columns, first[_NE + 1] // LANES
     low, high = eights * part // parts, eights * (part + 1) // parts
     apart = 0 if is_gated else (high - low + 1) // 2
-    sums = np.empty((MOST, 2 * LANES), np.float32)
     a, b = first[_DATA] + number * first[_NB + 2], second[_DATA] + number * second[_NB + 2]
+    pairs = np.empty((MOST, 2, LANES), np.float32)
+    to_pairs = np.array([pairs.ctypes.data + 8 * LANES * r for r in range(MOST)])
     for start in range(0, len(inputs), ROWS_NEAR):
         near = min(ROWS_NEAR, len(inputs) - start)
         tiles = (near + MOST - 1) // MOST
         for eight in range(low, high if is_gated else low + apart):
-            other = eight + apart
+            other, left, right = eight + apart, 0, 4 * LANES
+            if not is_gated:
+                left, right = 4 * LANES * eight, 4 * LANES * other
             there = b + other * LANES * row if other < high else 0
             for tile in range(tiles):
                 p, end = start + near * tile // tiles, start + near * (tile + 1) // tiles
+                to = to_pairs.ctypes.data if is_gated else results.ctypes.data + 8 * p
                 places = inputs.ctypes.data + 8 * p
-                multiply_tile(kind, end - p, a + eight * LANES * row, there, row, blocks, places, sums.ctypes.data)
+                multiply_tile(kind, end - p, a + eight * LANES * row, there, row, blocks, places, to, left, right)
                 if is_gated:
-                    _store_gated(sums, results[p:end], eight, limit)
-                else:
-                    _store(sums, results[p:end], eight, other if there else eight)
+                    _gate(pairs, results, p, end, eight, limit)
 
 
 @njit(**EXACT)
-def _store(sums, results, eight, other):
-    """sums: rows of both places, or without gaps of one."""
-    width = LANES if other == eight else 2 * LANES
-    found = sums.reshape(-1)
-    for r in range(len(results)):
-        left, right = floats(results[r] + 4 * LANES * eight, LANES), floats(results[r] + 4 * LANES * other, LANES)
-        for i in range(LANES):
-            left[i] = found[r * width + i]
-        if width > LANES:
-            for i in range(LANES):
-                right[i] = found[r * width + LANES + i]
-
-
-@njit(**EXACT)
-def _store_gated(sums, results, eight, limit):
-    """min(silu(gate), limit) * clamp(up, -limit, limit); limit 0: none."""
+def _gate(pairs, results, start, end, eight, limit):
+    """min(silu(gate), limit) * clamp(up, -limit, limit) of pairs [MOST, (gate, up), LANES]; limit 0: none."""
     power = np.empty((MOST, LANES), np.float32)
     for r in range(MOST):  # all of them, whatever they hold: so the loops are vector code
         for i in range(LANES):
-            power[r, i] = -abs(sums[r, i]) * _LOG2E
+            power[r, i] = -abs(pairs[r, 0, i]) * _LOG2E
     powers(power.ctypes.data, MOST * LANES, np.float32(0))
-    for r in range(len(results)):
-        to = floats(results[r] + 4 * LANES * eight, LANES)
+    for p in range(start, end):
+        to, r = floats(results[p] + 4 * LANES * eight, LANES), p - start
         for i in range(LANES):
-            gate, up, small = sums[r, i], sums[r, LANES + i], power[r, i]
+            gate, up, small = pairs[r, 0, i], pairs[r, 1, i], power[r, i]
             gate *= (np.float32(1) if gate >= 0 else small) / (np.float32(1) + small)
             if limit > 0:
                 gate, up = min(gate, limit), min(max(up, -limit), limit)
@@ -153,11 +116,11 @@ def _store_gated(sums, results, eight, limit):
 
 @cache
 def quantiser():
-    """`quantise`, whose address is one of ggml's callbacks."""
+    """`record`, whose address is one of ggml's callbacks."""
     sources = digest(*(f"packed.{name}" for name in _SOURCES), *_SHARED)
 
     @callback(_CALLBACK)
-    def quantise(address, _shape, part, parts, _data):
+    def record(address, _shape, part, parts, _data):
         """One thread's part: some records of out [bytes of a row's records, slots, T], from the tensor x [K, slots, T]
         that is its source 1.
         """
@@ -170,9 +133,9 @@ def quantiser():
             row, record = number // records, number % records
             token, slot = row // x[_NE + 1], row % x[_NE + 1]
             values = x[_DATA] + token * x[_NB + 2] + slot * x[_NB + 1] + record * COLUMNS * 4
-            _record(values, out[_DATA] + number * RECORD, offset, own)
+            quantise(values, out[_DATA] + number * RECORD, offset, own)
 
-    return quantise
+    return record
 
 
 @cache

@@ -6,12 +6,12 @@ activations. What was read and unpacked of the weights serves up to MOST rows of
 registers. Memory is given by its address.
 """
 
-from llvmlite import binding
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sglang_step35.packed.int8_code import FLOAT, INT32, INT64, Code
+from sglang_step35.packed.int8_code import BYTE, FLOAT, INT32, INT64, Code
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS, Format
 
 MOST = 8  # rows of activations at once: their sums and dots take half of the registers
@@ -19,6 +19,8 @@ LANES = 8  # rows of weights of one place
 # A row's record of 32 columns: as many int8, their scale (float32), and for each part where a sum of products starts:
 # int32 -offset times the sum of its columns, or float32 -scale times it where the weights have minima.
 SCALE, START, RECORD = COLUMNS, COLUMNS + 4, COLUMNS + 12
+
+TO_INTEGER = 3.0 * 2**22  # added to a small float32: the lowest bits are those of the nearest integer
 
 
 def supported() -> bool:
@@ -28,17 +30,18 @@ def supported() -> bool:
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(typing, kind, count, first, second, row, blocks, places, sums):
-    """sums [count, LANES or 2 LANES] float32 = `count` rows of activations times 8 or 16 rows of weights.
+def multiply_tile(typing, kind, count, first, second, row, blocks, places, results, left, right):
+    """`count` rows of activations times 8 or 16 rows of weights, of a literal kind of FORMATS.
 
-    kind: literal, of FORMATS. first, second: addresses of 8 interleaved rows of weights, second 0 for none. row: bytes
-    of one. blocks: of a row. places [count]: addresses of records.
+    first, second: addresses of LANES interleaved rows, second 0 for none. row: bytes of one. blocks: of a row. places
+    [count]: addresses of a row's records. results [count]: addresses, to which LANES float32 of the first rows go
+    `left` bytes behind, those of the second `right` bytes behind.
     """
     if not isinstance(kind, types.IntegerLiteral):
         return None
 
     def generate(context, builder, signature, arguments):
-        _, count, first, second, row, blocks, places, sums = arguments
+        _, count, first, second, row, blocks, places, results, left, right = arguments
         chosen = FORMATS[kind.literal_value]
         end, never = (builder.append_basic_block(name) for name in ("end", "never"))
         both = builder.zext(builder.icmp_signed("!=", second, INT64(0)), INT64)
@@ -50,17 +53,19 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, sums)
                 builder.position_at_end(block)
                 apart = builder.mul(row, INT64(chosen.rows))
                 starts = [builder.add(s, builder.mul(apart, INT64(i))) for s in streams for i in range(LANES // chosen.rows)]
-                _tile(Code(builder, LANES * len(streams)), chosen, rows, starts, blocks, places, sums)
+                code = Code(builder, LANES * len(streams))
+                totals = _tile(code, chosen, rows, starts, blocks, places)
+                _store(code, totals, results, (left, right))
                 builder.branch(end)
         builder.position_at_end(never)
         builder.unreachable()
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 7), generate
+    return types.void(kind, *[types.int64] * 9), generate
 
 
-def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places, sums) -> None:
+def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places) -> list:
     builder = code.builder
     inputs = [code.load(INT64, places, 8 * r) for r in range(rows)]
     zero = code.all(FLOAT, 0.0)
@@ -73,8 +78,15 @@ def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places, s
             number = builder.add(builder.mul(outer.index, INT64(chosen.groups)), inner.index)
             offset = builder.mul(number, INT64(RECORD))
             _group(code, chosen, here, inner.index, [builder.add(x, offset) for x in inputs], totals)
-    for r, place in enumerate(totals):
-        code.store(builder.load(place), sums, 4 * code.lanes * r)
+    return [builder.load(place) for place in totals]
+
+
+def _store(code: Code, totals: list, results, offsets: tuple) -> None:
+    for r, total in enumerate(totals):
+        to = code.load(INT64, results, 8 * r)
+        for stream in range(code.lanes // LANES):
+            part = code.pick(total, range(LANES * stream, LANES * (stream + 1)))
+            code.store(part, code.builder.add(to, offsets[stream]), 0)
 
 
 def _group(code: Code, chosen: Format, here: list, group, records: list, totals: list) -> None:
@@ -96,3 +108,33 @@ def _group(code: Code, chosen: Format, here: list, group, records: list, totals:
         if minimum is not None:
             total = code.multiply_add(minimum, code.splat(FLOAT, x, START), total)
         builder.store(total, place)
+
+
+@intrinsic
+def quantise(typing, x, to, offset, parts):
+    """The record at `to` of 32 float32 at x. parts: 1 or 2. A NaN or an infinity among them makes its scale one."""
+
+    def generate(context, builder, signature, arguments):
+        _, to, offset, parts = arguments
+        code = Code(builder, COLUMNS)
+        values = code.load(ir.VectorType(FLOAT, COLUMNS), arguments[0])
+        bits = builder.and_(builder.bitcast(values, ir.VectorType(INT32, COLUMNS)), code.all(INT32, 0x7FFFFFFF))
+        largest = builder.bitcast(code.reduced("smax", bits), FLOAT)  # as integers: in the order of the numbers
+        scale = builder.fdiv(largest, FLOAT(127))
+        factor = builder.select(builder.fcmp_ordered(">", largest, FLOAT(0)), builder.fdiv(FLOAT(127), largest), largest)
+        near = builder.fadd(builder.fmul(values, code.spread(factor, COLUMNS)), code.all(FLOAT, TO_INTEGER))
+        codes = builder.trunc(builder.bitcast(near, bits.type), ir.VectorType(BYTE, COLUMNS))
+        code.store(codes, to, 0)
+        code.store(scale, to, SCALE)
+        wide = builder.sext(codes, bits.type)
+        halves = [code.reduced("add", code.pick(wide, range(i, i + COLUMNS // 2))) for i in (0, COLUMNS // 2)]
+        both = builder.add(*halves)
+        first = builder.select(builder.icmp_signed("==", parts, INT64(1)), both, halves[0])
+        minus = builder.neg(builder.trunc(offset, INT32))
+        exact = builder.bitcast(builder.fmul(builder.fneg(scale), builder.sitofp(both, FLOAT)), INT32)
+        start = builder.select(builder.icmp_signed("==", minus, INT32(0)), exact, builder.mul(minus, first))
+        code.store(start, to, START)
+        code.store(builder.mul(minus, halves[1]), to, START + 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
