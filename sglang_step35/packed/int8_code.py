@@ -23,6 +23,12 @@ class Code:
     def store(self, vector, address, offset: int) -> None:
         self.builder.store(vector, self._at(vector.type, address, offset), align=4)
 
+    def prefetch(self, address, offset: int) -> None:
+        """Into the core's second cache: the first is too small for what the next rows need."""
+        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [self._at(BYTE, address, offset), INT32(0), INT32(2), INT32(1)])
+
     def gather(self, kind, width: int, addresses: Sequence, offset: int):
         """`width` numbers of every lane: an equal share of the vector from each address."""
         share = ir.VectorType(kind, width * self.lanes // len(addresses))

@@ -20,6 +20,9 @@ LANES = 8  # rows of weights of one place
 # int32 -offset times the sum of its columns, or float32 -scale times it where the weights have minima.
 SCALE, START, RECORD = COLUMNS, COLUMNS + 4, COLUMNS + 12
 
+LINE = 64  # bytes that a cache fetches together
+# Up to so many rows of activations prefetching by the CPU itself keeps up, where weights are read in two streams only.
+FOLLOWED = 4
 TO_INTEGER = 3.0 * 2**22  # added to a small float32: the lowest bits are those of the nearest integer
 
 
@@ -54,7 +57,7 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, resul
                 apart = builder.mul(row, INT64(chosen.rows))
                 starts = [builder.add(s, builder.mul(apart, INT64(i))) for s in streams for i in range(LANES // chosen.rows)]
                 code = Code(builder, LANES * len(streams))
-                totals = _tile(code, chosen, rows, starts, blocks, places)
+                totals = _tile(code, chosen, rows, starts, blocks, places, builder.mul(row, INT64(LANES)))
                 _store(code, totals, results, (left, right))
                 builder.branch(end)
         builder.position_at_end(never)
@@ -65,7 +68,7 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, resul
     return types.void(kind, *[types.int64] * 9), generate
 
 
-def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places) -> list:
+def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places, ahead) -> list:
     builder = code.builder
     inputs = [code.load(INT64, places, 8 * r) for r in range(rows)]
     zero = code.all(FLOAT, 0.0)
@@ -75,10 +78,21 @@ def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places) -
     with cgutils.for_range(builder, blocks) as outer:
         here = [builder.add(start, builder.mul(outer.index, INT64(chosen.size))) for start in starts]
         with cgutils.for_range(builder, INT64(chosen.groups)) as inner:
+            if chosen.rows < LANES or rows > FOLLOWED:
+                _prefetch(code, chosen, here, inner.index, ahead)
             number = builder.add(builder.mul(outer.index, INT64(chosen.groups)), inner.index)
             offset = builder.mul(number, INT64(RECORD))
             _group(code, chosen, here, inner.index, [builder.add(x, offset) for x in inputs], totals)
     return [builder.load(place) for place in totals]
+
+
+def _prefetch(code: Code, chosen: Format, here: list, group, ahead) -> None:
+    """What is read at the same place of the next rows."""
+    size = chosen.size // chosen.groups
+    start = code.builder.add(code.builder.mul(group, INT64(size)), ahead)
+    for block in here:
+        for offset in range(0, size, LINE):
+            code.prefetch(code.builder.add(block, start), offset)
 
 
 def _store(code: Code, totals: list, results, offsets: tuple) -> None:
