@@ -11,6 +11,7 @@ from ctypes import POINTER, Structure, byref, c_bool, c_char, c_float, c_int, c_
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,6 +132,7 @@ class Graph:
         self.plan = library.ggml_graph_plan(self.graph, threads)
         nodes = (library.ggml_graph_node(self.graph, i) for i in range(library.ggml_graph_n_nodes(self.graph)))
         self.records = [node.contents for node in nodes if node.contents.type == I8]
+        library.shared.clear()
         self.sizes = [tensor.ne[0] * tensor.ne[1] * tensor.ne[2] for tensor in self.records]
 
     def run(self) -> None:
@@ -148,6 +150,7 @@ class Library:
     """The functions of `_SIGNATURES` as attributes, and the memory that graphs need.
 
     work: for ggml itself. rows: for what lies between the steps of a graph. records: for its records of activations.
+    shared: steps of the graph being built that serve several others.
 
     Raises OSError or AttributeError where the file is no such library, RuntimeError where its structures differ.
     """
@@ -162,6 +165,7 @@ class Library:
         if self.ggml_tensor_overhead() != ctypes.sizeof(CTensor) + _OBJECT_BYTES:
             raise RuntimeError(f"{path} is of another version: struct ggml_tensor has another size")
         self.work, self.rows, self.records = Scratch(), Scratch(), Scratch()
+        self.shared: dict[tuple, Any] = {}
         self._graphs: dict[tuple, object] = {}
         self.arena: int | None = None
 
@@ -200,6 +204,7 @@ class Library:
             return
         if self.arena:
             self._graphs.clear()
+            self.shared.clear()
             self.ggml_free(self.arena)
         self.arena = self.ggml_init(_Init(ARENA_BYTES, None, True))
 

@@ -1,4 +1,5 @@
-"""Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for few rows and bfloat16 weights.
+"""Products as steps of ggml's graphs: the library's own, `int8_rows.py` for weights that it interleaved where the CPU
+multiplies int8, or `row_kernels.py` for few rows and bfloat16 weights.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, E experts,
 k chosen experts of a token, T tokens.
@@ -26,7 +27,7 @@ def suits(rows: int, columns: int) -> bool:
 
 def product(library: Library, weight, x):
     """weight [K, N] times x [K, T] -> [N, T]."""
-    if int8_rows.takes(weight):
+    if int8_rows.takes(x.contents.ne[1], weight):
         return int8_rows.step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
     if not _ours((weight,), x.contents.ne[1]):
         return library.ggml_mul_mat(library.arena, weight, x)
@@ -35,7 +36,7 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    if int8_rows.takes(weight):
+    if int8_rows.takes(x.contents.ne[2], weight):
         return int8_rows.step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
     if not _ours((weight,), x.contents.ne[2], apart=True):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
@@ -44,7 +45,7 @@ def expert_product(library: Library, weight, x, ids):
 
 def gated(library: Library, gate, up, x, limit: float | None):
     """min(silu(gate x), limit) * clamp(up x, -limit, limit); gate, up [K, N], x [K, T] -> [N, T]."""
-    if int8_rows.takes(gate, up):
+    if int8_rows.takes(x.contents.ne[1], gate, up):
         return int8_rows.step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
     if _ours((gate, up), x.contents.ne[1]):
         return _step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
@@ -53,7 +54,7 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    if int8_rows.takes(gate, up):
+    if int8_rows.takes(x.contents.ne[2], gate, up):
         return int8_rows.step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     if _ours((gate, up), x.contents.ne[2], apart=True):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)

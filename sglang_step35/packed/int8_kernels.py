@@ -1,4 +1,4 @@
-"""Activations as int8 times interleaved rows of weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
+"""Activations as int8 times interleaved weights, compiled by numba for this CPU: callbacks of `ggml_map_custom1`.
 
 Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations.
 """
@@ -70,7 +70,9 @@ def _nothing(results, size, low, high):
 
 @njit(**EXACT)
 def _matrix(kind, columns, out, number, inputs, results, limit, part, parts):
-    """One thread's rows of a matrix by these rows of activations. inputs, results [P]: addresses. columns: of a block."""
+    """One thread's rows of a matrix. inputs, results [P]: addresses of rows of records and of results. columns: of a
+    block.
+    """
     literally(kind)
     first, second, is_gated = _words(out[_SRC + 1]), _words(out[_SRC + 2]), out[_SRC + 1] != out[_SRC + 2]
     row, blocks, eights = first[_NB + 1], first[_NE] // columns, first[_NE + 1] // LANES

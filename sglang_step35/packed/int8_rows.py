@@ -1,16 +1,20 @@
 """Products with interleaved rows of weights as steps of ggml's graphs, where the CPU multiplies int8 by AVX-512 VNNI.
 
 Two steps: the activations become records of int8, then every thread multiplies its rows of the weights by all of them.
+The wheel's kernels, compiled for AVX2, take 1.0 to 1.5 times as long for two rows, 1.4 to 2.8 for four and 1.5 to 3.5
+from eight on (Zen 4, one thread).
+
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, T tokens.
 """
 
-from ctypes import c_void_p, cast
+from ctypes import addressof, c_void_p, cast
 from functools import cache
 
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, I8, Library, float_bits
 
 EVERY_THREAD = -1  # GGML_N_TASKS_MAX
-INTERLEAVED = 202, 208, 212, 213, 214  # Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4, Q6_K_R4
+# The library's Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4, and from how many tokens on they are faster here.
+FEWEST = {202: 1, 208: 1, 212: 2, 213: 2, 214: 2}
 AT_ONCE = 8  # rows of weights
 
 
@@ -22,10 +26,10 @@ def supported() -> bool:
     return int8_tiles.supported()
 
 
-def takes(*weights) -> bool:
-    """Whether these matrices [K, N], or stacks of them, are multiplied here: for any number of rows of activations."""
-    kind = weights[0].contents.type
-    if kind not in INTERLEAVED or any(weight.contents.type != kind for weight in weights):
+def takes(tokens: int, *weights) -> bool:
+    """Whether activations of so many tokens are multiplied here by these matrices [K, N], or stacks of them."""
+    kinds = {weight.contents.type for weight in weights}
+    if len(kinds) > 1 or tokens < FEWEST.get(*kinds, tokens + 1):
         return False
     return all(weight.contents.ne[1] % AT_ONCE == 0 for weight in weights) and supported()
 
@@ -42,17 +46,19 @@ def step(library: Library, shape: tuple[int, ...], first, second, x, *ids, limit
 
 
 def _records(library: Library, kind: int, x):
-    """The records that weights of this type are multiplied by; x: float32."""
-    from sglang_step35.packed.int8_kernels import CALLBACK_OFFSET, CALLBACK_PARTS, quantiser
+    """The records of x (float32) that weights of this type are multiplied by: one step for all products of a graph."""
     from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
+    from sglang_step35.packed.int8_kernels import CALLBACK_OFFSET, CALLBACK_PARTS, quantiser
     from sglang_step35.packed.int8_tiles import RECORD
 
     columns, *rows = x.contents.ne[:3]
-    records = library.tensor(I8, columns // COLUMNS * RECORD, *rows)
-    out = _custom(library, records, quantiser().address, x)
-    out.contents.op_params[CALLBACK_OFFSET] = FORMATS[kind].offset
-    out.contents.op_params[CALLBACK_PARTS] = FORMATS[kind].parts
-    return out
+    offset, parts = FORMATS[kind].offset, FORMATS[kind].parts
+    key = addressof(x.contents), offset, parts
+    if key not in library.shared:
+        records = library.tensor(I8, columns // COLUMNS * RECORD, *rows)
+        out = library.shared[key] = _custom(library, records, quantiser().address, x)
+        out.contents.op_params[CALLBACK_OFFSET], out.contents.op_params[CALLBACK_PARTS] = offset, parts
+    return library.shared[key]
 
 
 def _custom(library: Library, like, address: int, *sources):

@@ -22,7 +22,7 @@ SCALE, START, RECORD = COLUMNS, COLUMNS + 4, COLUMNS + 12
 
 LINE = 64  # bytes that a cache fetches together
 # Up to so many rows of activations prefetching by the CPU itself keeps up, where weights are read in two streams only.
-FOLLOWED = 4
+FOLLOWED = 3
 TO_INTEGER = 3.0 * 2**22  # added to a small float32: the lowest bits are those of the nearest integer
 
 
