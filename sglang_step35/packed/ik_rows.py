@@ -36,7 +36,7 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    if int8_rows.takes(x.contents.ne[2], weight):
+    if int8_rows.takes(_rows_each(weight, ids), weight):
         return int8_rows.step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
     if not _ours((weight,), x.contents.ne[2], apart=True):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
@@ -54,11 +54,16 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    if int8_rows.takes(x.contents.ne[2], gate, up):
+    if int8_rows.takes(_rows_each(gate, ids), gate, up):
         return int8_rows.step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     if _ours((gate, up), x.contents.ne[2], apart=True):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
+
+
+def _rows_each(weight, ids) -> int:
+    """Rows of activations that a matrix gets, if each gets as many, but one at least."""
+    return max(1, ids.contents.ne[0] * ids.contents.ne[1] // weight.contents.ne[2])
 
 
 def _ours(weights: tuple, tokens: int, apart: bool = False) -> bool:

@@ -13,7 +13,8 @@ from functools import cache
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, F32, I8, Library, float_bits
 
 EVERY_THREAD = -1  # GGML_N_TASKS_MAX
-# The library's Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4, and from how many tokens on they are faster here.
+# The library's Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4, and from how many rows of activations on they are faster
+# here: unpacking K-quants costs more.
 FEWEST = {202: 1, 208: 1, 212: 2, 213: 2, 214: 2}
 AT_ONCE = 8  # rows of weights
 
@@ -26,10 +27,10 @@ def supported() -> bool:
     return int8_tiles.supported()
 
 
-def takes(tokens: int, *weights) -> bool:
-    """Whether activations of so many tokens are multiplied here by these matrices [K, N], or stacks of them."""
+def takes(rows: int, *weights) -> bool:
+    """Whether so many rows of activations are multiplied here by these matrices [K, N], or each of these stacks."""
     kinds = {weight.contents.type for weight in weights}
-    if len(kinds) > 1 or tokens < FEWEST.get(*kinds, tokens + 1):
+    if len(kinds) > 1 or rows < FEWEST.get(*kinds, rows + 1):
         return False
     return all(weight.contents.ne[1] % AT_ONCE == 0 for weight in weights) and supported()
 

@@ -55,7 +55,8 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, resul
                 switch.add_case(INT64(rows + (len(streams) - 1) * MOST), block)
                 builder.position_at_end(block)
                 apart = builder.mul(row, INT64(chosen.rows))
-                starts = [builder.add(s, builder.mul(apart, INT64(i))) for s in streams for i in range(LANES // chosen.rows)]
+                shifts = [builder.mul(apart, INT64(i)) for i in range(LANES // chosen.rows)]
+                starts = [builder.add(stream, shift) for stream in streams for shift in shifts]
                 code = Code(builder, LANES * len(streams))
                 totals = _tile(code, chosen, rows, starts, blocks, places, builder.mul(row, INT64(LANES)))
                 _store(code, totals, results, (left, right))
@@ -135,7 +136,8 @@ def quantise(typing, x, to, offset, parts):
         bits = builder.and_(builder.bitcast(values, ir.VectorType(INT32, COLUMNS)), code.all(INT32, 0x7FFFFFFF))
         largest = builder.bitcast(code.reduced("smax", bits), FLOAT)  # as integers: in the order of the numbers
         scale = builder.fdiv(largest, FLOAT(127))
-        factor = builder.select(builder.fcmp_ordered(">", largest, FLOAT(0)), builder.fdiv(FLOAT(127), largest), largest)
+        some = builder.fcmp_ordered(">", largest, FLOAT(0))
+        factor = builder.select(some, builder.fdiv(FLOAT(127), largest), FLOAT(0))
         near = builder.fadd(builder.fmul(values, code.spread(factor, COLUMNS)), code.all(FLOAT, TO_INTEGER))
         codes = builder.trunc(builder.bitcast(near, bits.type), ir.VectorType(BYTE, COLUMNS))
         code.store(codes, to, 0)

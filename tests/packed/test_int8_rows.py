@@ -94,7 +94,8 @@ def test_experts(steps, threads, name, rows, limit):
     ids[rows - 1, 1:] = -1
     found = ik_kernel.experts(x, gate, up, down, shares, ids, limit)
     assert error(found, chosen_experts(x, *(meaning for _, meaning in stacks), shares, ids, limit)) < 3 * ROUNDED
-    assert steps == [(256, 3, rows), (512, 3, rows)]
+    ours = rows > 2 or name not in K_QUANTS  # of those less than two rows a matrix are left to the library
+    assert steps == ([(256, 3, rows), (512, 3, rows)] if ours else [])
 
 
 def test_the_gates_of_experts_are_exact(steps):
