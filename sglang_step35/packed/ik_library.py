@@ -130,9 +130,9 @@ class Graph:
         for output in outputs:
             library.ggml_build_forward_expand(self.graph, output)
         self.plan = library.ggml_graph_plan(self.graph, threads)
+        library.shared.clear()
         nodes = (library.ggml_graph_node(self.graph, i) for i in range(library.ggml_graph_n_nodes(self.graph)))
         self.records = [node.contents for node in nodes if node.contents.type == I8]
-        library.shared.clear()
         self.sizes = [tensor.ne[0] * tensor.ne[1] * tensor.ne[2] for tensor in self.records]
 
     def run(self) -> None:

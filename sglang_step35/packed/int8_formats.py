@@ -3,7 +3,7 @@
 Learned from where `iqk_repack_tensor` puts each bit. A format's `unpack` takes the addresses of its interleaved rows'
 blocks and which 32 columns of the block (int64), and gives (parts, minimum). A part is (scale, columns): float32 of
 every lane and pairs of a column and a vector of the 4 weights that each lane has from there. minimum: float32 of every
-lane, the number that a weight of 0 stands for, or None where that is `-offset` times the scale.
+lane, what is subtracted from scale times weight; None where that is scale times the format's offset.
 """
 
 from collections.abc import Callable
@@ -86,10 +86,10 @@ def _six_bits(code: Code, blocks: list, group) -> tuple:
     A row's byte of upper bits: 2 of the scale and 2 of the minimum, in its lower half those of groups 0 to 3.
     """
     builder = code.builder
-    quarter = builder.and_(group, INT64(3))
-    upper = builder.bitcast(code.gather(BYTE, 1, _moved(code, blocks, quarter, 4), 16), _words(code))
+    both = code.gather(BYTE, 1, _moved(code, blocks, builder.and_(group, INT64(3)), 4), 16)
+    words = ir.VectorType(INT32, code.lanes // 4)  # no instruction shifts bytes by a variable count
     half = code.spread(builder.trunc(builder.and_(group, INT64(4)), INT32), code.lanes // 4)
-    upper = builder.bitcast(builder.lshr(upper, half), ir.VectorType(BYTE, code.lanes))
+    upper = builder.bitcast(builder.lshr(builder.bitcast(both, words), half), both.type)
     lower = code.gather(BYTE, 1, _moved(code, blocks, group, 4), 32)
     scales = builder.or_(code.mask(lower, 15), code.mask(code.shift(upper, -4), 48))
     minima = builder.or_(code.shift(lower, 4), code.mask(code.shift(upper, -2), 48))
@@ -98,10 +98,6 @@ def _six_bits(code: Code, blocks: list, group) -> tuple:
         builder.fmul(code.halves(blocks, at), builder.uitofp(numbers, floats))
         for at, numbers in ((0, scales), (8, minima))
     )
-
-
-def _words(code: Code):
-    return ir.VectorType(INT32, code.lanes // 4)
 
 
 class Format(NamedTuple):

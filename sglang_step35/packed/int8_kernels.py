@@ -16,8 +16,9 @@ from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
 from sglang_step35.packed.int8_tiles import LANES, MOST, RECORD, multiply_tile, quantise
 
-_SOURCES = "int8_kernels", "int8_tiles", "int8_formats", "int8_code", "ik_library"
-_SHARED = "attention.portable.softmax_rows", "attention.portable.tiles"
+_PACKED = "int8_kernels", "int8_tiles", "int8_formats", "int8_code", "ik_library"
+_ATTENTION = "softmax_rows", "tiles"
+_SOURCES = *(f"packed.{name}" for name in _PACKED), *(f"attention.portable.{name}" for name in _ATTENTION)
 CALLBACK_OFFSET, CALLBACK_PARTS = 8, 9  # which op_params of `record` hold these of the format
 ROWS_NEAR = 64  # rows of activations that pass by before the next ones, so that they stay in a core's own cache
 _CALLBACK = types.void(types.voidptr, types.voidptr, types.intc, types.intc, types.voidptr)
@@ -62,8 +63,8 @@ def _places(out, starts, places):
 
 
 @njit(**EXACT)
-def _nothing(results, size, low, high):
-    """What rows without a matrix have."""
+def _clear(results, size, low, high):
+    """One thread's part of the results that want no matrix."""
     for address in results:
         floats(address, size)[low:high] = 0
 
@@ -119,7 +120,7 @@ def _gate(pairs, results, start, end, eight, limit):
 @cache
 def quantiser():
     """`record`, whose address is one of ggml's callbacks."""
-    sources = digest(*(f"packed.{name}" for name in _SOURCES), *_SHARED)
+    sources = digest(*_SOURCES)
 
     @callback(_CALLBACK)
     def record(address, _shape, part, parts, _data):
@@ -143,7 +144,7 @@ def quantiser():
 @cache
 def multiplier(number: int):
     """`multiply` for weights of that type of the library: also a callback."""
-    sources = digest(*(f"packed.{name}" for name in _SOURCES), *_SHARED)
+    sources = digest(*_SOURCES)
     columns = FORMATS[number].groups * COLUMNS
 
     @callback(_CALLBACK)
@@ -159,7 +160,7 @@ def multiplier(number: int):
         places = np.empty((2, out[_NE + 1] * out[_NE + 2] if sources else 0), np.int64)
         _places(out, starts, places)
         size = out[_NE]
-        _nothing(places[1, : starts[1]], size, size * part // parts, size * (part + 1) // parts)
+        _clear(places[1, : starts[1]], size, size * part // parts, size * (part + 1) // parts)
         for e in range(len(starts) - 2):
             low, high = starts[e + 1], starts[e + 2]
             if low < high:

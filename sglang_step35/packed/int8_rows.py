@@ -1,8 +1,8 @@
 """Products with interleaved rows of weights as steps of ggml's graphs, where the CPU multiplies int8 by AVX-512 VNNI.
 
 Two steps: the activations become records of int8, then every thread multiplies its rows of the weights by all of them.
-The wheel's kernels, compiled for AVX2, take 1.0 to 1.5 times as long for two rows, 1.4 to 2.8 for four and 1.5 to 3.5
-from eight on (Zen 4, one thread).
+The wheel's kernels, compiled for AVX2, take 1.0 to 1.6 times as long for two rows, 1.2 to 2.8 for four and 1.5 to 3.5
+from eight on (Zen 4, one thread). Activations are rounded as the library rounds them for Q8_0: 0.5 % of a product.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, T tokens.
 """
@@ -22,9 +22,10 @@ AT_ONCE = 8  # rows of weights
 @cache
 def supported() -> bool:
     """Whether this CPU has the instructions."""
-    from sglang_step35.packed import int8_tiles  # importing numba takes a second: only where it is needed
+    from llvmlite import binding  # a tenth of a second, and numba below a whole one: only where they are needed
 
-    return int8_tiles.supported()
+    features = binding.get_host_cpu_features()
+    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vnni"))
 
 
 def takes(rows: int, *weights) -> bool:

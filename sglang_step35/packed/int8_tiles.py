@@ -6,7 +6,7 @@ activations. What was read and unpacked of the weights serves up to MOST rows of
 registers. Memory is given by its address.
 """
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -19,17 +19,10 @@ LANES = 8  # rows of weights of one place
 # A row's record of 32 columns: as many int8, their scale (float32), and for each part where a sum of products starts:
 # int32 -offset times the sum of its columns, or float32 -scale times it where the weights have minima.
 SCALE, START, RECORD = COLUMNS, COLUMNS + 4, COLUMNS + 12
-
 LINE = 64  # bytes that a cache fetches together
 # Up to so many rows of activations prefetching by the CPU itself keeps up, where weights are read in two streams only.
 FOLLOWED = 3
 TO_INTEGER = 3.0 * 2**22  # added to a small float32: the lowest bits are those of the nearest integer
-
-
-def supported() -> bool:
-    """Whether this CPU has the instructions."""
-    features = binding.get_host_cpu_features()
-    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vnni"))
 
 
 @intrinsic(prefer_literal=True)
@@ -70,6 +63,7 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, resul
 
 
 def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places, ahead) -> list:
+    """Vectors of the lanes' sums over all columns, one for each row of activations."""
     builder = code.builder
     inputs = [code.load(INT64, places, 8 * r) for r in range(rows)]
     zero = code.all(FLOAT, 0.0)
@@ -105,7 +99,7 @@ def _store(code: Code, totals: list, results, offsets: tuple) -> None:
 
 
 def _group(code: Code, chosen: Format, here: list, group, records: list, totals: list) -> None:
-    """32 columns are added."""
+    """32 columns are added to the totals."""
     builder = code.builder
     parts, minimum = chosen.unpack(code, here, group)
     scaled: list = []
@@ -127,7 +121,10 @@ def _group(code: Code, chosen: Format, here: list, group, records: list, totals:
 
 @intrinsic
 def quantise(typing, x, to, offset, parts):
-    """The record at `to` of 32 float32 at x. parts: 1 or 2. A NaN or an infinity among them makes its scale one."""
+    """The record at `to` of 32 float32 at x, for a format's offset and parts (1 or 2).
+
+    A NaN or an infinity among them is its scale.
+    """
 
     def generate(context, builder, signature, arguments):
         _, to, offset, parts = arguments
@@ -147,8 +144,8 @@ def quantise(typing, x, to, offset, parts):
         both = builder.add(*halves)
         first = builder.select(builder.icmp_signed("==", parts, INT64(1)), both, halves[0])
         minus = builder.neg(builder.trunc(offset, INT32))
-        exact = builder.bitcast(builder.fmul(builder.fneg(scale), builder.sitofp(both, FLOAT)), INT32)
-        start = builder.select(builder.icmp_signed("==", minus, INT32(0)), exact, builder.mul(minus, first))
+        for_minima = builder.bitcast(builder.fmul(builder.fneg(scale), builder.sitofp(both, FLOAT)), INT32)
+        start = builder.select(builder.icmp_signed("==", minus, INT32(0)), for_minima, builder.mul(minus, first))
         code.store(start, to, START)
         code.store(builder.mul(minus, halves[1]), to, START + 4)
         return context.get_dummy_value()

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sglang_step35.model.mlp import swiglu
 from sglang_step35.packed import ik_check, ik_kernel, ik_library, int8_rows, prepare
 from sglang_step35.packed.ggml import plain
+from sglang_step35.packed.ik_steps import Steps
 from sglang_step35.packed.prepare import prepared
 from tests.packed.test_ik_kernel import ROUNDED, chosen_experts, error
 from tests.packed.test_unpack import packed
@@ -109,6 +111,24 @@ def test_the_gates_of_experts_are_exact(steps):
     expected = chosen_experts(rounded(x), stacks[0][1], stacks[1][1], down, torch.ones(9, 1), ids, 100.0)[:, :32]
     assert error(found, expected) < EXACT
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_a_gated_network_in_a_graph_of_many_steps(steps, limit):
+    weights, (g, u, d) = zip(*(packed("Q4_0", 64, 64, seed=seed) for seed in range(3)))
+    gate, up, down = map(prepared, weights)  # they must outlive the graph
+    x, out, between = torch.randn(5, 64), torch.empty(5, 64), torch.empty(1 << 14, dtype=torch.uint8)
+    library = ik_library.library()
+    library._make_room()
+    graph = Steps(library)
+    inner = graph.swiglu(graph.floats(x, 64, 5), gate, up, limit)
+    found = graph.product(inner, down)
+    found.contents.data = out.data_ptr()
+    graph.build([found], between, 1).run()
+    hidden = swiglu(rounded(x) @ g.T, rounded(x) @ u.T, limit)
+    assert error(out, hidden @ d.T) < ROUNDED
+    assert error(between[: 5 * 64 * 4].view(torch.float32).view(5, 64), hidden) < EXACT
+    assert steps == [(64, 5), (64, 5)]
 
 
 def test_what_is_no_number_stays_none(steps):
