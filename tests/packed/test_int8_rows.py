@@ -101,15 +101,14 @@ def test_experts(steps, threads, name, rows, limit):
 
 
 def test_the_gates_of_experts_are_exact(steps):
-    """Large ones of both signs too: a single column of the last product lets each be seen."""
-    stacks = [packed("Q8_0", 2, 32, 64, seed=seed) for seed in (0, 1)]
-    gate, up = (prepared(stack) for stack, _ in stacks)
-    down = torch.zeros(2, 64, 32)
-    down[:, torch.arange(32), torch.arange(32)] = 1
-    x, ids = torch.randn(9, 64) * 20, torch.tensor([[0], [1], [1], [0], [1], [1], [1], [0], [1]])
-    found = ik_kernel.experts(x, gate, up, plain(down), torch.ones(9, 1), ids, 100.0)[:, :32]
-    expected = chosen_experts(rounded(x), stacks[0][1], stacks[1][1], down, torch.ones(9, 1), ids, 100.0)[:, :32]
-    assert error(found, expected) < EXACT
+    """From tiny to large ones; the last product is with a unit matrix."""
+    (gate, g), (up, u) = (packed("Q8_0", 2, 32, 64, seed=seed) for seed in (0, 1))
+    down = torch.eye(64, 32).expand(2, 64, 32)
+    x, ids = torch.randn(9, 64) * torch.logspace(-3, 1, 9)[:, None], torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0, 1]]).T
+    found = ik_kernel.experts(x, prepared(gate), prepared(up), plain(down), torch.ones(9, 1), ids, 100.0)
+    expected = chosen_experts(rounded(x), g, u, down, torch.ones(9, 1), ids, 100.0)
+    for row, wanted in zip(found, expected):
+        assert error(row, wanted) < EXACT
     assert len(steps) == 1
 
 
