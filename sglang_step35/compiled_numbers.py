@@ -7,6 +7,7 @@ from numba.extending import intrinsic, overload
 
 LEAN = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")  # called by compiled code alone
 EXACT = dict(fastmath={"contract", "nsz"}, **LEAN)
+_LOG2E = np.float32(1.4426950408889634)
 
 
 @intrinsic
@@ -39,6 +40,11 @@ def power_of_2(x):
     value = value * rest + np.float32(6.9314718e-1)
     value = value * rest + np.float32(1)
     return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(**EXACT)
+def silu(x):
+    return x / (np.float32(1) + power_of_2(min(x * -_LOG2E, np.float32(126))))
 
 
 def widen(value):

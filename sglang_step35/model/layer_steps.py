@@ -23,6 +23,7 @@ from sglang_step35.packed.ik_library import FLOAT, SIGMOID
 from sglang_step35.packed.ik_steps import Steps
 
 ROWS = 64  # of a pass, at most
+RECORD = 2  # bytes at most of an activation in int8, with its share of what belongs to a block
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def bytes_between(layer: Layer) -> int:
     if layer.experts is not None:
         spec = layer.module.mlp.router.spec
         widths += 4 * spec.num_experts + spec.top_k * (hidden + 4 * spec.expert_size + 8)
-    return FLOAT * widths + 64 * 64
+    return (FLOAT + RECORD) * widths + 64 * 64
 
 
 def _factors(norm: RMSNorm) -> Tensor:

@@ -11,11 +11,12 @@ from ctypes import POINTER, Structure, byref, c_bool, c_char, c_float, c_int, c_
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PACKAGE, VERSION = "ik-llama-cpp-python", "0.1.5"
-F32, I32 = 0, 26  # enum ggml_type
+F32, I8, I32 = 0, 24, 26  # enum ggml_type
 FLOAT = 4  # bytes
 SIGMOID, SILU = 7, 10  # enum ggml_unary_op
 NEOX = 2  # the rotary embedding that turns channel i with channel i + r / 2
@@ -119,7 +120,10 @@ class Scratch:
 
 
 class Graph:
-    """A computation of fixed shapes: `place` its tensors, then `run`. Its parts live in the library's arena."""
+    """A computation of fixed shapes: `place` its tensors, then `run`. Its parts live in the library's arena.
+
+    Tensors of int8, which are records of activations, get a place here if they have none.
+    """
 
     def __init__(self, library: "Library", outputs: Sequence, threads: int, nodes: int = GRAPH_NODES):
         self.library = library
@@ -127,19 +131,34 @@ class Graph:
         for output in outputs:
             library.ggml_build_forward_expand(self.graph, output)
         self.plan = library.ggml_graph_plan(self.graph, threads)
+        library.shared.clear()
+        self._records: list[tuple[CTensor, int]] | None = None
 
     def run(self) -> None:
         """Compute. Raises RuntimeError where ggml reports failure."""
+        if self._records is None:
+            self._records = self._find_records()
         self.plan.work_data = self.library.work.address(self.plan.work_size)
+        address = self.library.records.address(sum(size for _, size in self._records))
+        for tensor, size in self._records:
+            tensor.data, address = address, address + size
         status = self.library.ggml_graph_compute(self.graph, byref(self.plan))
         if status:
             raise RuntimeError(f"ggml_graph_compute failed with status {status}")
+
+    def _find_records(self) -> list[tuple[CTensor, int]]:
+        """Those without a place, and their bytes."""
+        count = self.library.ggml_graph_n_nodes(self.graph)
+        nodes = (self.library.ggml_graph_node(self.graph, number) for number in range(count))
+        own = [node for node in nodes if node.contents.type == I8 and not node.contents.data]
+        return [(node.contents, self.library.ggml_nbytes(node)) for node in own]
 
 
 class Library:
     """The functions of `_SIGNATURES` as attributes, and the memory that graphs need.
 
-    work: for ggml itself. rows: for what lies between the steps of a graph.
+    work: for ggml itself. rows: for what lies between the steps of a graph. records: for its records of activations.
+    shared: steps of the graph being built that serve several others.
 
     Raises OSError or AttributeError where the file is no such library, RuntimeError where its structures differ.
     """
@@ -153,7 +172,8 @@ class Library:
             setattr(self, name, function)
         if self.ggml_tensor_overhead() != ctypes.sizeof(CTensor) + _OBJECT_BYTES:
             raise RuntimeError(f"{path} is of another version: struct ggml_tensor has another size")
-        self.work, self.rows = Scratch(), Scratch()
+        self.work, self.rows, self.records = Scratch(), Scratch(), Scratch()
+        self.shared: dict[tuple, Any] = {}
         self._graphs: dict[tuple, object] = {}
         self.arena: int | None = None
 
@@ -165,12 +185,12 @@ class Library:
         """A pointer to a new tensor of up to three dimensions, the innermost first, without data."""
         return self.ggml_new_tensor_3d(self.arena, kind, *shape, *[1] * (3 - len(shape)))
 
-    def callback(self, function, data: int | None, shape: tuple[int, ...], *sources):
-        """A step, float32 [shape], by a numba callback (`numba_cache.GRAPH_STEP`) on every thread.
+    def callback(self, function, data: int | None, shape: tuple[int, ...], *sources, kind: int = F32):
+        """A step, [shape] of a type, by a numba callback (`numba_cache.GRAPH_STEP`) on every thread.
 
         The function finds the sources from the result's `src[1]` on; data: what it gets besides, an address.
         """
-        out = self.ggml_map_custom1(self.arena, self.tensor(F32, *shape), function.address, EVERY_THREAD, data)
+        out = self.ggml_map_custom1(self.arena, self.tensor(kind, *shape), function.address, EVERY_THREAD, data)
         for number, source in enumerate(sources, start=1):
             out.contents.src[number] = cast(source, c_void_p)
         return out
@@ -205,6 +225,7 @@ class Library:
             return
         if self.arena:
             self._graphs.clear()
+            self.shared.clear()
             self.ggml_free(self.arena)
         self.arena = self.ggml_init(_Init(ARENA_BYTES, None, True))
 

@@ -1,4 +1,5 @@
-"""Products as steps of ggml's graphs: the library's own, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
+"""Products as steps of ggml's graphs: the library's own, `int8_rows.py` for weights that it interleaved where the CPU
+multiplies int8, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
 
 The latter rounds activations to bfloat16 where more than 8 rows share a matrix, as torch's product does.
 
@@ -6,6 +7,7 @@ Shapes are given as ggml counts them, the innermost dimension first. Letters: K 
 k chosen experts of a token, T tokens.
 """
 
+from sglang_step35.packed import int8_rows
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, SILU, Library, float_bits
 
@@ -16,6 +18,8 @@ _BF16 = TYPES["BF16"].number
 
 def product(library: Library, weight, x):
     """weight [K, N] times x [K, T] -> [N, T]."""
+    if int8_rows.takes(x.contents.ne[1], weight):
+        return int8_rows.step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
     if not _ours((weight,), x.contents.ne[1]):
         return library.ggml_mul_mat(library.arena, weight, x)
     return _step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
@@ -23,13 +27,18 @@ def product(library: Library, weight, x):
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    if not _ours((weight,), _rows_of_each(ids, weight)):
+    rows = _rows_of_each(ids, weight)
+    if int8_rows.takes(rows, weight):
+        return int8_rows.step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
+    if not _ours((weight,), rows):
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
     return _step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
 
 
 def gated(library: Library, gate, up, x, limit: float | None):
     """min(silu(gate x), limit) * clamp(up x, -limit, limit); gate, up [K, N], x [K, T] -> [N, T]."""
+    if int8_rows.takes(x.contents.ne[1], gate, up):
+        return int8_rows.step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
     if _ours((gate, up), x.contents.ne[1]):
         return _step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
     return _limited(library.ggml_fused_up_gate(library.arena, up, gate, x, SILU), limit)
@@ -37,14 +46,17 @@ def gated(library: Library, gate, up, x, limit: float | None):
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    if _ours((gate, up), _rows_of_each(ids, gate)):
+    rows = _rows_of_each(ids, gate)
+    if int8_rows.takes(rows, gate, up):
+        return int8_rows.step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
+    if _ours((gate, up), rows):
         return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
     return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
 
 
 def _rows_of_each(ids, weight) -> float:
-    """On average, of the experts' matrices."""
-    return ids.contents.ne[0] * ids.contents.ne[1] / weight.contents.ne[2]
+    """Rows of activations that a matrix gets, on average, but one at least."""
+    return max(1, ids.contents.ne[0] * ids.contents.ne[1] / weight.contents.ne[2])
 
 
 def _ours(weights: tuple, rows: float) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import overload
 
-from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, power_of_2
+from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, silu
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
 from sglang_step35.packed.row_tiles import ROWS, add_products, group, weights_at_once
@@ -37,7 +37,6 @@ _W, _LANES, _GROUP = weights_at_once(), lanes(), group()
 _SPACE = 32  # columns between packed rows: whole pages apart they would share few lines of a cache
 _ROOM = 4096  # sums of a block: they stay in the nearest cache
 _AT_ONCE = 2048  # columns of W rows that stay in the nearest cache while rows of activations pass by
-_LOG2E = np.float32(1.4426950408889634)
 
 
 @njit(**EXACT)
@@ -126,11 +125,6 @@ def _block(kind, streams, x, columns, count, first, steps, end, room):
 
 
 @njit(**EXACT)
-def _silu(x):
-    return x / (np.float32(1) + power_of_2(min(x * -_LOG2E, np.float32(126))))
-
-
-@njit(**EXACT)
 def _store(to, own, count, first, steps, end, room, limit):
     """A block's sums, or what a gated network makes of them, into rows at addresses to [P]; limit 0: none."""
     sums, between = floats(room, steps * count * _W), count * _W
@@ -143,11 +137,11 @@ def _store(to, own, count, first, steps, end, room, limit):
                     row[i] = sums[at + i * between]
             elif limit > 0:
                 for i in range(rows):
-                    left, right = _silu(sums[at + i * between]), sums[at + own + i * between]
+                    left, right = silu(sums[at + i * between]), sums[at + own + i * between]
                     row[i] = min(left, limit) * min(max(right, -limit), limit)
             else:
                 for i in range(rows):
-                    row[i] = _silu(sums[at + i * between]) * sums[at + own + i * between]
+                    row[i] = silu(sums[at + i * between]) * sums[at + own + i * between]
 
 
 @njit(**EXACT)
