@@ -54,7 +54,7 @@ def test_the_library_s_fault_is_still_there():
     """Else `Q4_1_COLUMNS` can go."""
     tensor, expected = packed("Q4_1", 48, 160)
     x = torch.randn(40, 160)
-    assert error(ik_kernel.linear(x, [tensor]), x @ expected.T) > 0.1
+    assert not error(ik_kernel.linear(x, [tensor]), x @ expected.T) < 0.1  # NaN, at times
 
 
 def test_no_rows():
