@@ -6,6 +6,7 @@ from math import prod
 
 from torch import nn
 
+from sglang_step35.packed import int8_rows
 from sglang_step35.packed.parameter import PackedParameter
 
 
@@ -22,7 +23,14 @@ class Pace:
     layer: float
 
 
-PACES = {"cpu": Pace(0.45, 10e6), "cuda": Pace(0.01, 0.0)}
+GPU, CPU, CPU_OF_INT8 = Pace(0.01, 0.0), Pace(0.45, 10e6), Pace(0.25, 13e6)
+
+
+def pace_of(device: str) -> Pace:
+    """A CPU's depends on whose kernels multiply, the wheel's or those of `packed/int8_rows.py`."""
+    if device != "cpu":
+        return GPU
+    return CPU_OF_INT8 if int8_rows.supported() else CPU
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class RoundCost:
             drafts=tuple(weights(mtp, f"layers.{depth}.") for depth in range(num_steps)),
             head=head,
             layers=len(spec.layers),
-            pace=PACES.get(next(target.parameters()).device.type, PACES["cuda"]),
+            pace=pace_of(next(target.parameters()).device.type),
         )
 
     def by_depth(self, batch: int) -> list[float]:

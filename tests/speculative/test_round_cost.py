@@ -8,7 +8,8 @@ import torch
 from gguf import GGMLQuantizationType as Q
 
 from scripts.benchmarks.real_width import traffic
-from sglang_step35.speculative.round_cost import PACES, Pace, RoundCost, Weights
+from sglang_step35.packed import int8_rows
+from sglang_step35.speculative.round_cost import CPU, CPU_OF_INT8, GPU, Pace, RoundCost, Weights, pace_of
 from tests.packed.test_model import SMALL, converted
 from tests.support import model_host
 
@@ -44,13 +45,26 @@ def test_tokens_share_experts():
         assert cost.touched(tokens) == pytest.approx(float(touched), rel=0.02)
 
 
-def test_measured_rounds_of_the_checkpoint_of_real_widths():
-    """0.9B parameters in Q4_0 at 34 GB/s (docs/measured.md): decoding and MTP, one client and 16."""
+@pytest.mark.parametrize(
+    ("pace", "rounds"),
+    [
+        (CPU, {(1, 0): 11.5, (1, 3): 30.6, (16, 0): 64.5, (16, 3): 260}),
+        (CPU_OF_INT8, {(1, 0): 10.6, (1, 3): 26.6, (4, 0): 16.6, (4, 3): 54.5, (16, 0): 40, (16, 3): 170}),
+    ],
+)
+def test_measured_rounds_of_the_checkpoint_of_real_widths(pace, rounds):
+    """0.9B parameters in Q4_0 at 34 GB/s (docs/measured.md), milliseconds of decoding and MTP by clients and depth."""
     bits = 4.5
 
     def of(millions: float) -> Weights:
         return Weights(millions * 1e6, millions * 1e6 * bits / 8)
 
-    cost = RoundCost(of(134.1), of(692.1), 8 / 64, (of(17.6),) * 3, head=of(33.6), layers=12, pace=PACES["cpu"])
-    for (batch, depth), milliseconds in {(1, 0): 11.5, (1, 3): 30.6, (16, 0): 64.5, (16, 3): 260}.items():
+    cost = RoundCost(of(134.1), of(692.1), 8 / 64, (of(17.6),) * 3, head=of(33.6), layers=12, pace=pace)
+    for (batch, depth), milliseconds in rounds.items():
         assert cost.by_depth(batch)[depth] / 34e9 == pytest.approx(milliseconds / 1e3, rel=0.15)
+
+
+def test_whose_kernels_multiply(monkeypatch):
+    for supported, expected in ((True, CPU_OF_INT8), (False, CPU)):
+        monkeypatch.setattr(int8_rows, "supported", lambda: supported)  # noqa: B023
+        assert pace_of("cpu") is expected and pace_of("cuda") is GPU
