@@ -66,15 +66,15 @@ class SlotUpkeep:
     def prefill(
         self, batch, chunks: Chunks, next_token_ids: Tensor, hidden: Tensor, drafts: bool
     ) -> Iterator[CatchUp | None]:
-        """The pass behind a prefill, over what drafts behind the prompts read; None where nothing is to be drafted.
+        """The pass behind a prefill; None where nothing is to be drafted.
 
         next_token_ids: [B] sampled. hidden: [sum of chunk lengths, H], the backbone's.
         """
         self._take_in(chunks, next_token_ids.tolist(), hidden)
-        if not (drafts and any(chunks.final)):
+        if not drafts:
             yield None
             return
-        with self._catching_up(batch, chunks.pool_idx, chunks.ends, chunks.final) as found:
+        with self._catching_up(batch, chunks.pool_idx, chunks.prefixes, chunks.ends) as found:
             yield found
 
     @contextmanager
@@ -92,7 +92,7 @@ class SlotUpkeep:
             yield None
             return
         ends = (verified.seq_lens + verified.accept_lens).tolist()
-        with self._catching_up(batch, pool_idx, ends, [True] * len(ends)) as found:
+        with self._catching_up(batch, pool_idx, ends, ends) as found:
             yield found
 
     def _take_in(self, chunks: Chunks, next_token_ids: list[int], hidden: Tensor) -> None:
@@ -134,26 +134,24 @@ class SlotUpkeep:
         for index, count in zip(pool_idx, rows, strict=True):
             self.debts[index] = count
 
-    def _span(self, pool_idx: int, end: int, drafts: bool) -> Span:
-        """Rows up to `end` that leave exact KV in every layer for all that passes behind it read.
+    def _span(self, pool_idx: int, since: int, end: int) -> Span:
+        """Rows up to `end` that leave exact KV in every layer for all that passes behind `since` read.
 
-        Where nothing is drafted, or hidden states of these are gone, the last row alone, which means nothing.
+        Where hidden states of these are gone, the last row alone, which means nothing.
         """
-        if not drafts:
-            return Span(end - 1, end, end)
-        low = max(0, end - self.reach)
+        low = max(0, since - self.reach)
         slots = self.states.table[pool_idx, low:end].long()
-        missing = (~self.exact[self.to_sliding[slots]]).nonzero().flatten().add_(low).tolist()
-        start = exact = _first(missing, end - self.retained, end)
+        missing = (~self.exact[self.to_sliding[slots[: since - low]]]).nonzero().flatten().add_(low).tolist()
+        start = exact = _first(missing, since - self.retained, since)
         for _ in range(self.num_layers - 1):  # a layer reads the window before it of the layer below
             start = _first(missing, start - self.earlier_keys, start)
         known = bool((self.states.entries(slots[start - low :]) > 0).all())
         return Span(start, exact, end) if known else Span(end - 1, end, end)
 
     @contextmanager
-    def _catching_up(self, batch, pool_idx: list[int], ends: list[int], drafts: list[bool]) -> Iterator[CatchUp | None]:
+    def _catching_up(self, batch, pool_idx: list[int], since: list[int], ends: list[int]) -> Iterator[CatchUp | None]:
         """The pass over the rows of `_span`; None where there are not enough slots for it."""
-        requests = list(zip(pool_idx, ends, drafts, strict=True))
+        requests = list(zip(pool_idx, since, ends, strict=True))
         room = self._make_room(batch, lambda: [self._span(*request) for request in requests])
         if room is None:
             yield None

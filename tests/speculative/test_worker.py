@@ -112,7 +112,7 @@ def test_rounds_of_any_depth_equal_a_full_recompute(monkeypatch, steps, full_wid
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("sliding, states", [(400, None), (2000, None), (2000, 40), (400, 100)])
+@pytest.mark.parametrize("sliding, states", [(400, None), (2000, None), (2000, 30), (400, 100)])
 @pytest.mark.parametrize("seed", range(2))
 def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, sliding, states, seed):
     """Where slots or states are short as well: then nothing is drafted for whom it concerns."""
@@ -121,21 +121,6 @@ def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, slidin
     host = Host(worker, seed=20 + seed)
     play(host, 250)
     assert set(host.accepted) == set(range(steps + 1))
-
-
-@pytest.mark.parametrize("chunks", [(120,), (60, 60), (90, 29, 1), (3, 4)])
-def test_a_prompt_gets_the_kv_that_drafts_behind_it_read(monkeypatch, chunks):
-    """At its end, whatever its chunks were: none of what lies further back."""
-    worker = make_worker(monkeypatch, 3, adaptive=True, sliding=2000)
-    rows, extend = [], worker._draft_worker.extend
-    seen = lambda batch, own, *rest: rows.append(len(own.positions)) or extend(batch, own, *rest)
-    monkeypatch.setattr(worker._draft_worker, "extend", seen)
-    host = Host(worker)
-    made = host.admit(random_prompt(host.chance, sum(chunks)))
-    for chunk in chunks:
-        host.prefill({made: chunk})
-    assert len(made.drafts) == 3 and len(rows) == 1
-    assert rows == [sum(chunks)] if sum(chunks) < 10 else rows[0] <= worker.upkeep.reach < 60
 
 
 @pytest.mark.parametrize("hit", range(8, 36))
