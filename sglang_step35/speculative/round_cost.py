@@ -13,7 +13,7 @@ from sglang_step35.packed.parameter import PackedParameter
 @dataclass(frozen=True)
 class Pace:
     """Bytes a device reads meanwhile. product: while it multiplies one row by one weight. layer: while a layer's small
-    steps are issued.
+    steps are issued. draft: while a draft is chosen and handed on, besides the layer's and the head's.
 
     CPUs: fitted to rounds of 1 to 64 rows in docs/measured.md, "Real widths"; products take about as long in every
     format. GPUs: 2 operations at 990 TFLOP/s against 4.8 TB/s, and captured graphs.
@@ -21,9 +21,10 @@ class Pace:
 
     product: float
     layer: float
+    draft: float = 0.0
 
 
-GPU, CPU, CPU_OF_INT8 = Pace(0.01, 0.0), Pace(0.45, 10e6), Pace(0.25, 13e6)
+GPU, CPU, CPU_OF_INT8 = Pace(0.01, 0.0), Pace(0.45, 10e6), Pace(0.25, 13e6, 25e6)
 
 
 def pace_of(device: str) -> Pace:
@@ -111,7 +112,7 @@ class RoundCost:
         if not depth:
             return 0.0
         rows = batch * (len(self.drafts) + depth / 2)  # about half of the drafts come true
-        return self.mtp_pass(rows) + depth * self.head.pass_of(batch, self.pace)
+        return self.mtp_pass(rows) + depth * (self.head.pass_of(batch, self.pace) + self.pace.draft)
 
     def touched(self, tokens: int) -> float:
         """Share of the experts that at least one of the tokens chooses."""
