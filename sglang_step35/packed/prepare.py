@@ -4,8 +4,9 @@ A prepared matrix replaces the mapped one, so that never two copies stay. INT4, 
 as their files have them, become blocks of GGML types of about their size (0.5625 bytes a weight, asymmetric 0.625);
 experts kept one by one become one stack; rows of Q8_0, Q4_0 and K-quants are interleaved by fours or eights, which
 takes 0.5 to 0.7 of the time in place for one row of activations on one core, and 0.5 to 0.6 for four by the wheel's
-kernels, less by `int8_rows.py`, while memory lasts: past that, GGML types stay mapped. What no type of about the size holds keeps the file's bytes and runs in plain
-torch: FP8 (as Q8_0 it would cost 0.5 % of a product, past the bounds of our tests), asymmetric INT8 and narrow groups.
+kernels, less by `int8_rows.py`, while memory lasts: past that, GGML types stay mapped. What no type of about the size
+holds keeps the file's bytes and runs in plain torch: FP8 (as Q8_0 it would cost 0.5 % of a product, past the bounds
+of our tests), asymmetric INT8 and narrow groups.
 What changes in a weight: nothing, but where float16 rounds the 12th bit of a scale or of zero point times scale.
 """
 
