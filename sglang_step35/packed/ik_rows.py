@@ -7,6 +7,8 @@ Shapes are given as ggml counts them, the innermost dimension first. Letters: K 
 k chosen experts of a token, T tokens.
 """
 
+from collections.abc import Callable
+
 from sglang_step35.packed import int8_rows
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, SILU, Library, float_bits
@@ -18,40 +20,34 @@ _BF16 = TYPES["BF16"].number
 
 def product(library: Library, weight, x):
     """weight [K, N] times x [K, T] -> [N, T]."""
-    if int8_rows.takes(x.contents.ne[1], weight):
-        return int8_rows.step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
-    if not _ours((weight,), x.contents.ne[1]):
+    step = _ours(x.contents.ne[1], weight)
+    if step is None:
         return library.ggml_mul_mat(library.arena, weight, x)
-    return _step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
+    return step(library, (weight.contents.ne[1], x.contents.ne[1]), weight, weight, x)
 
 
 def expert_product(library: Library, weight, x, ids):
     """weight [K, N, E] of each token's experts ids [k, T] times x [K, k, T] -> [N, k, T]; zeros where an id is -1."""
-    rows = _rows_of_each(ids, weight)
-    if int8_rows.takes(rows, weight):
-        return int8_rows.step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
-    if not _ours((weight,), rows):
+    step = _ours(_rows_of_each(ids, weight), weight)
+    if step is None:
         return library.ggml_mul_mat_id(library.arena, weight, x, ids)
-    return _step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
+    return step(library, (weight.contents.ne[1], *ids.contents.ne[:2]), weight, weight, x, ids)
 
 
 def gated(library: Library, gate, up, x, limit: float | None):
     """min(silu(gate x), limit) * clamp(up x, -limit, limit); gate, up [K, N], x [K, T] -> [N, T]."""
-    if int8_rows.takes(x.contents.ne[1], gate, up):
-        return int8_rows.step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
-    if _ours((gate, up), x.contents.ne[1]):
-        return _step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
-    return _limited(library.ggml_fused_up_gate(library.arena, up, gate, x, SILU), limit)
+    step = _ours(x.contents.ne[1], gate, up)
+    if step is None:
+        return _limited(library.ggml_fused_up_gate(library.arena, up, gate, x, SILU), limit)
+    return step(library, (gate.contents.ne[1], x.contents.ne[1]), gate, up, x, limit=limit)
 
 
 def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
-    rows = _rows_of_each(ids, gate)
-    if int8_rows.takes(rows, gate, up):
-        return int8_rows.step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
-    if _ours((gate, up), rows):
-        return _step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
-    return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
+    step = _ours(_rows_of_each(ids, gate), gate, up)
+    if step is None:
+        return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
+    return step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
 
 
 def _rows_of_each(ids, weight) -> float:
@@ -59,9 +55,13 @@ def _rows_of_each(ids, weight) -> float:
     return max(1, ids.contents.ne[0] * ids.contents.ne[1] / weight.contents.ne[2])
 
 
-def _ours(weights: tuple, rows: float) -> bool:
+def _ours(rows: float, *weights) -> Callable | None:
+    """What makes the step by a kernel of ours; None where the library multiplies."""
+    if int8_rows.takes(rows, *weights):
+        return int8_rows.step
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
-    return rows <= ROWS and all(kind == _BF16 and width * height >= LARGE for kind, width, height in shapes)
+    takes = rows <= ROWS and all(kind == _BF16 and width * height >= LARGE for kind, width, height in shapes)
+    return _step if takes else None
 
 
 def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):

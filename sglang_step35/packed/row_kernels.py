@@ -12,7 +12,6 @@ are bfloat16 numbers already this loses nothing: they go that way from the secon
 Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations, W rows of weights read at once.
 """
 
-import ctypes
 from functools import cache
 
 import numpy as np
@@ -21,37 +20,19 @@ from numba.extending import overload
 
 from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, silu
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
-from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
+from sglang_step35.packed import step_operands
 from sglang_step35.packed.row_tiles import ROWS, add_products, group, weights_at_once
+from sglang_step35.packed.step_operands import DATA, LIMIT, NB, NE, SRC, WORDS, places_of, words
 from sglang_step35.vector_code import lanes, multiplies_pairs
 
-_SOURCES = "packed.row_kernels", "packed.row_tiles", "packed.ik_library", *SHARED
+_SOURCES = "packed.row_kernels", "packed.row_tiles", *step_operands.SOURCES, *SHARED
 EXACT_ROWS = 8
 _SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
 
-# Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
-_NE, _NB, _SRC, _DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb", "src", "data"))
-_WORDS = ctypes.sizeof(CTensor) // 8
-_LIMIT = CTensor.op_params.offset // 4 + CALLBACK_LIMIT
 _W, _LANES, _GROUP = weights_at_once(), lanes(), group()
 _SPACE = 32  # columns between packed rows: whole pages apart they would share few lines of a cache
 _ROOM = 4096  # sums of a block: they stay in the nearest cache
 _AT_ONCE = 2048  # columns of W rows that stay in the nearest cache while rows of activations pass by
-
-
-@njit(**EXACT)
-def _words(address):
-    return carray(pointer(address), _WORDS, np.int64)
-
-
-@njit(**EXACT)
-def _matrix_of(ids, row, slots, count):
-    """Which of `count` matrices a row of activations wants, `count` for none; ids: address of their tensor, or 0."""
-    if ids == 0:
-        return np.int64(0)
-    data, strides = _words(ids)[_DATA], _words(ids)[_NB + 1]
-    number = np.int64(carray(pointer(data + row // slots * strides + row % slots * 4), 1, np.int32)[0])
-    return count if number < 0 else number
 
 
 @njit(**EXACT)
@@ -149,8 +130,8 @@ def _streams(out, number, own):
     """See `_find`; two rows more for its results. own: streams of the first matrix, behind them those of the second."""
     streams = np.empty((5, _W), np.int64)
     for j in range(_W):
-        weights = _words(out[_SRC + 1 + j // own])
-        streams[0, j], streams[1, j] = weights[_DATA] + number * weights[_NB + 2], weights[_NB + 1]
+        weights = words(out[SRC + 1 + j // own])
+        streams[0, j], streams[1, j] = weights[DATA] + number * weights[NB + 2], weights[NB + 1]
         streams[2, j] = j % own
     return streams
 
@@ -158,9 +139,9 @@ def _streams(out, number, own):
 @njit(**EXACT)
 def _multiply(kind, out, number, places, count, part, parts, limit):
     """places [2, P]: addresses of the `count` rows that want this matrix, and of their results."""
-    columns, size = _words(out[_SRC + 1])[_NE], _words(out[_SRC + 1])[_NE + 1]
+    columns, size = words(out[SRC + 1])[NE], words(out[SRC + 1])[NE + 1]
     low, end = size * part // parts, size * (part + 1) // parts
-    own = _W if out[_SRC + 1] == out[_SRC + 2] else _W // 2
+    own = _W if out[SRC + 1] == out[SRC + 2] else _W // 2
     needed = (end - low + own - 1) // own
     blocks = max(1, (needed * count * _W + _ROOM - 1) // _ROOM)
     steps = (needed + blocks - 1) // blocks
@@ -175,17 +156,12 @@ def _multiply(kind, out, number, places, count, part, parts, limit):
 
 @njit(**EXACT)
 def _matrix(out, number, places, count, part, parts, limit):
-    """See `_multiply`; rows that want none become zeros."""
-    first = _words(out[_SRC + 1])
-    if number == first[_NE + 2]:
-        for p in range(count if part == 0 else 0):
-            floats(places[1, p], first[_NE + 1])[:] = 0
-        return
+    """See `_multiply`."""
     short = count > EXACT_ROWS
     if not short and count > ROWS:
-        short = True
+        short, columns = True, words(out[SRC + 1])[NE]
         for p in range(count):
-            short = short and _is_short(places[0, p], first[_NE])
+            short = short and _is_short(places[0, p], columns)
     if short:
         _multiply(_SHORT, out, number, places, count, part, parts, limit)
     else:
@@ -199,28 +175,18 @@ def compiled():
 
     @callback(GRAPH_STEP)
     def multiply(address, _shape, part, parts, _data):
-        """One thread's part: some rows of every matrix that is wanted.
-
-        out [N, slots, T] at `address`; its sources from 1 on: matrices [K, N, E] twice, or of a gated network gate and
-        up; x [K, slots or 1, T]; ids [slots, T] int32 where there are several matrices, -1 for none, which gives zeros.
-        """
-        out = carray(address, _WORDS, np.int64)
-        limit = carray(address, 2 * _WORDS, np.float32)[_LIMIT]
-        x, ids, slots, matrices = _words(out[_SRC + 3]), out[_SRC + 4], out[_NE + 1], _words(out[_SRC + 1])[_NE + 2]
-        count = slots * out[_NE + 2] if sources else 0  # for the key of the cache
-        first, following = np.full(matrices + 1, -1), np.empty(count, np.int64)  # rows that want the same matrix
-        for p in range(count - 1, -1, -1):
-            number = _matrix_of(ids, p, slots, matrices)
-            first[number], following[p] = p, first[number]
-        places = np.empty((2, count), np.int64)
-        for number in range(matrices + 1):
-            wanted, p = 0, first[number]
-            while p >= 0:
-                token, slot = p // slots, p % slots
-                places[0, wanted] = x[_DATA] + token * x[_NB + 2] + slot % x[_NE + 1] * x[_NB + 1]
-                places[1, wanted] = out[_DATA] + token * out[_NB + 2] + slot * out[_NB + 1]
-                wanted, p = wanted + 1, following[p]
-            if wanted:
-                _matrix(out, number, places, wanted, part, parts, limit)
+        """One thread's part: some rows of every matrix that is wanted. x: [K, slots or 1, T] float32."""
+        out = carray(address, WORDS, np.int64)
+        limit = carray(address, 2 * WORDS, np.float32)[LIMIT]
+        starts = np.zeros(words(out[SRC + 1])[NE + 2] + 2, np.int64)
+        # `sources`, for the key of the cache, is true.
+        places = np.empty((2, out[NE + 1] * out[NE + 2] if sources else 0), np.int64)
+        places_of(out, starts, places)
+        for p in range(starts[1] if part == 0 else 0):
+            floats(places[1, p], out[NE])[:] = 0
+        for number in range(len(starts) - 2):
+            low, high = starts[number + 1], starts[number + 2]
+            if low < high:
+                _matrix(out, number, places[:, low:high], high - low, part, parts, limit)
 
     return multiply

@@ -1,0 +1,50 @@
+"""The tensors of a step, for callbacks of `ggml_map_custom1` that multiply rows by matrices, compiled by numba.
+
+out [N, slots, T] is the step's result; its sources from 1 on: matrices [K, N, E] twice, or of a gated network gate and
+up; x [.., slots or 1, T]; ids [slots, T] int32 where there are several matrices, -1 for none.
+Letters: K columns, N rows of a matrix, E matrices, T tokens, P rows of activations.
+"""
+
+import ctypes
+
+import numpy as np
+from numba import carray, njit
+
+from sglang_step35.compiled_numbers import EXACT, pointer
+from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
+
+# Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
+NE, NB, SRC, DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb", "src", "data"))
+WORDS = ctypes.sizeof(CTensor) // 8
+PARAMETERS = CTensor.op_params.offset // 4
+LIMIT = PARAMETERS + CALLBACK_LIMIT
+SOURCES = "packed.step_operands", "packed.ik_library"
+
+
+@njit(**EXACT)
+def words(address):
+    """A tensor's fields."""
+    return carray(pointer(address), WORDS, np.int64)
+
+
+@njit(**EXACT)
+def places_of(out, starts, places):
+    """Rows in the order of the matrices that they want. starts [E + 2], zeros: where those begin that want none, matrix
+    0 and so on, and their end. places [2, P]: addresses of the rows of x, and of their results.
+    """
+    x, ids, slots, count = words(out[SRC + 3]), out[SRC + 4], out[NE + 1], places.shape[1]
+    wanted = np.zeros(count, np.int32)
+    if ids:
+        for p in range(count):
+            row = words(ids)[DATA] + p // slots * words(ids)[NB + 1]
+            wanted[p] = carray(pointer(row), slots, np.int32)[p % slots]
+    for p in range(count):
+        starts[wanted[p] + 2] += 1
+    for e in range(1, len(starts)):
+        starts[e] += starts[e - 1]
+    free = starts.copy()
+    for p in range(count):
+        token, slot, place = p // slots, p % slots, free[wanted[p] + 1]
+        free[wanted[p] + 1] += 1
+        places[0, place] = x[DATA] + token * x[NB + 2] + slot % x[NE + 1] * x[NB + 1]
+        places[1, place] = out[DATA] + token * out[NB + 2] + slot * out[NB + 1]
