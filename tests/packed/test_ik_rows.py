@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sglang_step35.model.product import as_ggml
-from sglang_step35.packed import ik_check, ik_kernel, ik_library, ik_rows
+from sglang_step35.packed import ik_check, ik_kernel, ik_rows
 from sglang_step35.packed.ggml import plain
 from tests.packed.test_ik_kernel import chosen_experts, error
+from tests.support.graph_steps import recorded
 
 EXACT = 2e-6  # relative: only the order of the sums differs
 ROUNDED = 2.5e-3  # of activations, relative: at most 2 ** -9 each, 1.7e-3 on average of squares
@@ -20,13 +21,7 @@ def steps(monkeypatch):
     """Shapes of what our kernel computed. Every matrix is large, and every graph is new."""
     torch.manual_seed(0)
     monkeypatch.setattr(ik_rows, "LARGE", 0)
-    library = ik_library.Library(ik_library.library_path())
-    monkeypatch.setattr(ik_library, "library", lambda: library)
-    found, step = [], ik_rows._step
-    seen = lambda own, shape, *rest, **limit: found.append(shape) or step(own, shape, *rest, **limit)
-    monkeypatch.setattr(ik_rows, "_step", seen)
-    yield found
-    library.ggml_free(library.arena)  # it has 64 of them at most
+    yield from recorded(monkeypatch, ik_rows, "_step")
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -13,6 +13,7 @@ from sglang_step35.packed.ik_steps import Steps
 from sglang_step35.packed.prepare import prepared
 from tests.packed.test_ik_kernel import ROUNDED, chosen_experts, error
 from tests.packed.test_unpack import packed
+from tests.support.graph_steps import recorded
 
 EXACT = 3e-6  # relative: only the order of the sums differs
 COLUMNS = 32  # that share a scale
@@ -29,14 +30,7 @@ def steps(monkeypatch):
     torch.manual_seed(0)
     memory = SimpleNamespace(available=99 << 20, total=100 << 20)
     monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: memory)
-    library = ik_library.Library(ik_library.library_path())
-    monkeypatch.setattr(ik_library, "library", lambda: library)
-    found, step = [], int8_rows.step
-    seen = lambda own, shape, *rest, **limit: found.append(shape) or step(own, shape, *rest, **limit)
-    monkeypatch.setattr(int8_rows, "step", seen)
-    yield found
-    if library.arena:  # ggml has 64 at most
-        library.ggml_free(library.arena)
+    yield from recorded(monkeypatch, int8_rows, "step")
 
 
 @pytest.fixture
