@@ -5,36 +5,31 @@ from collections.abc import Sequence
 from llvmlite import ir
 from numba.core import cgutils
 
-from sglang_step35.vector_code import FLOAT, INT32, INT64
+from sglang_step35.vector_code import FLOAT, INT32, INT64, Code
 
 BYTE = ir.IntType(8)
 
 
-class Code:
+class LaneCode(Code):
     """At the end of a builder's block, for so many lanes."""
 
     def __init__(self, builder, lanes: int):
-        self.builder, self.lanes = builder, lanes
+        super().__init__(builder)
+        self.lanes = lanes
 
     def all(self, kind, value):
         return ir.Constant(ir.VectorType(kind, self.lanes), [value] * self.lanes)
 
-    def load(self, kind, address, offset: int = 0):
-        return self.builder.load(self._at(kind, address, offset), align=1)
+    def read(self, kind, address, offset: int = 0):
+        return self.builder.load(self.behind(kind, address, offset), align=1)
 
-    def store(self, vector, address, offset: int) -> None:
-        self.builder.store(vector, self._at(vector.type, address, offset), align=4)
-
-    def prefetch(self, address, offset: int) -> None:
-        """Into the core's second cache: the first is too small for what the next rows need."""
-        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT32, INT32, INT32])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        self.builder.call(function, [self._at(BYTE, address, offset), INT32(0), INT32(2), INT32(1)])
+    def write(self, vector, address, offset: int) -> None:
+        self.builder.store(vector, self.behind(vector.type, address, offset), align=4)
 
     def gather(self, kind, width: int, addresses: Sequence, offset: int):
         """`width` numbers of every lane: an equal share of the vector from each address."""
         share = ir.VectorType(kind, width * self.lanes // len(addresses))
-        found = [self.load(share, address, offset) for address in addresses]
+        found = [self.read(share, address, offset) for address in addresses]
         while len(found) > 1:
             found = [self._join(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
         return found[0]
@@ -43,18 +38,13 @@ class Code:
         """A float16 of every lane, as float32."""
         return self.builder.fpext(self.gather(ir.HalfType(), 1, addresses, offset), ir.VectorType(FLOAT, self.lanes))
 
-    def splat(self, kind, address, offset: int):
+    def in_all(self, kind, address, offset: int):
         """One number in all lanes."""
-        return self.spread(self.load(kind, address, offset), self.lanes)
+        return self.splat(self.read(kind, address, offset), self.lanes)
 
-    def spread(self, number, count: int):
-        nothing = ir.Constant(ir.VectorType(number.type, count), ir.Undefined)
-        one = self.builder.insert_element(nothing, number, INT32(0))
-        return self.builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(INT32, count), [0] * count))
-
-    def pick(self, vector, lanes: Sequence[int]):
-        order = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
-        return self.builder.shuffle_vector(vector, vector, order)
+    def some(self, vector, lanes: Sequence[int]):
+        """These lanes."""
+        return self.pick(vector, vector, list(lanes))
 
     def reduced(self, name: str, vector):
         """One number of all lanes of a vector of int32."""
@@ -66,7 +56,7 @@ class Code:
         """These bits of every byte."""
         return self.builder.and_(vector, ir.Constant(vector.type, [bits] * vector.type.count))
 
-    def shift(self, vector, count: int):
+    def shift_bytes(self, vector, count: int):
         """Every byte to the right, or by a negative count to the left."""
         by = ir.Constant(vector.type, [abs(count)] * vector.type.count)
         return self.builder.lshr(vector, by) if count >= 0 else self.builder.shl(vector, by)
@@ -78,13 +68,9 @@ class Code:
         function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return self.builder.call(function, [sums, self.builder.bitcast(weights, kind), activations])
 
-    def multiply_add(self, a, b, c):
-        product = self.builder.fmul(a, b, flags=("contract",))
-        return self.builder.fadd(product, c, flags=("contract",))
-
     def _join(self, a, b):
-        count = 2 * a.type.count
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, count), list(range(count))))
+        return self.pick(a, b, list(range(2 * a.type.count)))
 
-    def _at(self, kind, address, offset: int):
-        return self.builder.inttoptr(self.builder.add(address, INT64(offset)), kind.as_pointer())
+    def behind(self, kind, address, offset: int):
+        """A pointer to what lies so many bytes behind an address."""
+        return self.at(kind, self.builder.add(address, INT64(offset)))

@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sglang_step35.packed.int8_code import BYTE, Code
+from sglang_step35.packed.int8_code import BYTE, LaneCode
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS, Format
 from sglang_step35.vector_code import FLOAT, INT32, INT64
 
@@ -51,7 +51,7 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, resul
                 apart = builder.mul(row, INT64(chosen.rows))
                 shifts = [builder.mul(apart, INT64(i)) for i in range(LANES // chosen.rows)]
                 starts = [builder.add(stream, shift) for stream in streams for shift in shifts]
-                code = Code(builder, LANES * len(streams))
+                code = LaneCode(builder, LANES * len(streams))
                 totals = _tile(code, chosen, rows, starts, blocks, places, builder.mul(row, INT64(LANES)))
                 _store(code, totals, results, (left, right))
                 builder.branch(end)
@@ -63,10 +63,10 @@ def multiply_tile(typing, kind, count, first, second, row, blocks, places, resul
     return types.void(kind, *[types.int64] * 9), generate
 
 
-def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places, ahead) -> list:
+def _tile(code: LaneCode, chosen: Format, rows: int, starts: list, blocks, places, ahead) -> list:
     """Vectors of the lanes' sums over all columns, one for each row of activations."""
     builder = code.builder
-    inputs = [code.load(INT64, places, 8 * r) for r in range(rows)]
+    inputs = [code.read(INT64, places, 8 * r) for r in range(rows)]
     zero = code.all(FLOAT, 0.0)
     totals = [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
     for place in totals:
@@ -82,41 +82,41 @@ def _tile(code: Code, chosen: Format, rows: int, starts: list, blocks, places, a
     return [builder.load(place) for place in totals]
 
 
-def _prefetch(code: Code, chosen: Format, here: list, group, ahead) -> None:
+def _prefetch(code: LaneCode, chosen: Format, here: list, group, ahead) -> None:
     """What is read at the same place of the next rows."""
     size = chosen.size // chosen.groups
     start = code.builder.add(code.builder.mul(group, INT64(size)), ahead)
     for block in here:
         for offset in range(0, size, LINE):
-            code.prefetch(code.builder.add(block, start), offset)
+            code.prefetch(code.builder.add(code.builder.add(block, start), INT64(offset)))
 
 
-def _store(code: Code, totals: list, results, offsets: tuple) -> None:
+def _store(code: LaneCode, totals: list, results, offsets: tuple) -> None:
     for r, total in enumerate(totals):
-        to = code.load(INT64, results, 8 * r)
+        to = code.read(INT64, results, 8 * r)
         for stream in range(code.lanes // LANES):
-            part = code.pick(total, range(LANES * stream, LANES * (stream + 1)))
-            code.store(part, code.builder.add(to, offsets[stream]), 0)
+            part = code.some(total, range(LANES * stream, LANES * (stream + 1)))
+            code.write(part, code.builder.add(to, offsets[stream]), 0)
 
 
-def _group(code: Code, chosen: Format, here: list, group, records: list, totals: list) -> None:
+def _group(code: LaneCode, chosen: Format, here: list, group, records: list, totals: list) -> None:
     """32 columns are added to the totals."""
     builder = code.builder
     parts, minimum = chosen.unpack(code, here, group)
     scaled: list = []
     for number, (scale, columns) in enumerate(parts):
-        dots = [code.splat(INT32, x, START + 4 * number) if chosen.offset else code.all(INT32, 0) for x in records]
+        dots = [code.in_all(INT32, x, START + 4 * number) if chosen.offset else code.all(INT32, 0) for x in records]
         for column, weights in columns:
-            dots = [code.dot(d, weights, code.splat(INT32, x, column)) for d, x in zip(dots, records, strict=True)]
+            dots = [code.dot(d, weights, code.in_all(INT32, x, column)) for d, x in zip(dots, records, strict=True)]
         wide = [builder.sitofp(dot, scale.type) for dot in dots]
         if number == 0:
             scaled = [builder.fmul(value, scale) for value in wide]
         else:
             scaled = [code.multiply_add(value, scale, sum) for value, sum in zip(wide, scaled, strict=True)]
     for x, value, place in zip(records, scaled, totals, strict=True):
-        total = code.multiply_add(value, code.splat(FLOAT, x, SCALE), builder.load(place))
+        total = code.multiply_add(value, code.in_all(FLOAT, x, SCALE), builder.load(place))
         if minimum is not None:
-            total = code.multiply_add(minimum, code.splat(FLOAT, x, START), total)
+            total = code.multiply_add(minimum, code.in_all(FLOAT, x, START), total)
         builder.store(total, place)
 
 
@@ -129,26 +129,26 @@ def quantise(typing, x, to, offset, parts):
 
     def generate(context, builder, signature, arguments):
         _, to, offset, parts = arguments
-        code = Code(builder, COLUMNS)
-        values = code.load(ir.VectorType(FLOAT, COLUMNS), arguments[0])
+        code = LaneCode(builder, COLUMNS)
+        values = code.read(ir.VectorType(FLOAT, COLUMNS), arguments[0])
         bits = builder.and_(builder.bitcast(values, ir.VectorType(INT32, COLUMNS)), code.all(INT32, 0x7FFFFFFF))
         largest = builder.bitcast(code.reduced("smax", bits), FLOAT)  # as integers: in the order of the numbers
         scale = builder.fdiv(largest, FLOAT(127))
         some = builder.fcmp_ordered(">", largest, FLOAT(0))
         factor = builder.select(some, builder.fdiv(FLOAT(127), largest), FLOAT(0))
-        near = builder.fadd(builder.fmul(values, code.spread(factor, COLUMNS)), code.all(FLOAT, TO_INTEGER))
+        near = builder.fadd(builder.fmul(values, code.splat(factor, COLUMNS)), code.all(FLOAT, TO_INTEGER))
         codes = builder.trunc(builder.bitcast(near, bits.type), ir.VectorType(BYTE, COLUMNS))
-        code.store(codes, to, 0)
-        code.store(scale, to, SCALE)
+        code.write(codes, to, 0)
+        code.write(scale, to, SCALE)
         wide = builder.sext(codes, bits.type)
-        halves = [code.reduced("add", code.pick(wide, range(i, i + COLUMNS // 2))) for i in (0, COLUMNS // 2)]
+        halves = [code.reduced("add", code.some(wide, range(i, i + COLUMNS // 2))) for i in (0, COLUMNS // 2)]
         both = builder.add(*halves)
         first = builder.select(builder.icmp_signed("==", parts, INT64(1)), both, halves[0])
         minus = builder.neg(builder.trunc(offset, INT32))
         for_minima = builder.bitcast(builder.fmul(builder.fneg(scale), builder.sitofp(both, FLOAT)), INT32)
         start = builder.select(builder.icmp_signed("==", minus, INT32(0)), for_minima, builder.mul(minus, first))
-        code.store(start, to, START)
-        code.store(builder.mul(minus, halves[1]), to, START + 4)
+        code.write(start, to, START)
+        code.write(builder.mul(minus, halves[1]), to, START + 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
