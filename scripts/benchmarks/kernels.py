@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 
+from sglang_step35 import huge_pages
 from sglang_step35.packed import ik_check, ik_kernel, plain
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from sglang_step35.packed.grouped import CODES, GroupedTensor
@@ -125,7 +126,9 @@ def weights(name: str, *shape: int) -> PackedTensor:
     """Random ones of this format."""
     *leading, columns = shape
     if name == "BF16":
-        return GGMLTensor(TYPES[name], torch.randn(shape, dtype=torch.bfloat16).view(torch.uint8))
+        data = torch.empty(shape, dtype=torch.bfloat16)
+        huge_pages.use(data)  # as parameters do; `prepared` sees to the others
+        return GGMLTensor(TYPES[name], data.normal_().view(torch.uint8))
     if name == "INT4":
         codes = torch.randint(0, 256, (*leading, columns // 2), dtype=torch.uint8)
         return GroupedTensor(CODES[name], codes, torch.full((*leading, columns // 128), 0.01, dtype=torch.bfloat16))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from sglang_step35 import huge_pages
 from sglang_step35.checkpoint.base import CheckpointFiles
 from sglang_step35.checkpoint.formats import open_files
 from sglang_step35.checkpoint.names import (
@@ -77,6 +78,8 @@ def _load(model: nn.Module, owners: Mapping, weights, complete: bool, absent: st
     """absent: what a checkpoint without a single tensor for this model means."""
     loader = Loader(model, owners, open_files(getattr(model.config, "_name_or_path", None)))
     weights = _guarded(weights, loader.files)
+    for parameter in model.parameters():
+        huge_pages.use(parameter)
     if model.config.model_type == STEP37_MODEL_TYPE:
         weights = ((text_name(name), tensor) for name, tensor in weights if not name.startswith(VISION_PREFIXES))
     with torch.no_grad():

@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from sglang_step35 import huge_pages
 from sglang_step35.packed import ik_kernel, ik_library
 from sglang_step35.packed.ggml import TYPES, GGMLTensor, GGMLType
 from sglang_step35.packed.grouped import GroupedTensor, nibbles
@@ -106,6 +107,7 @@ def _write(tensor: PackedTensor, kind: GGMLType) -> GGMLTensor:
     """A copy as blocks of this type, in a stack where there are several matrices."""
     *leading, columns = tensor.shape
     data = torch.empty(*leading, columns // kind.block * kind.size, dtype=torch.uint8)
+    huge_pages.use(data)
     pairs = zip(data, _matrices(tensor), strict=True) if isinstance(tensor, StackedTensor) else [(data, tensor)]
     for place, matrix in chain.from_iterable(_pieces(*pair) for pair in pairs):
         place.copy_(matrix.data if isinstance(matrix, GGMLTensor) else _WRITERS[kind.name](matrix))
