@@ -103,7 +103,12 @@ def test_a_kernel_that_refuses_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize(
     ("platform", "enabled", "size"),
-    (("linux", "always [madvise] never", 1 << 21), ("linux", "always madvise [never]", 0), ("linux", None, 0), ("x", "", 0)),
+    (
+        ("linux", "always [madvise] never", 1 << 21),
+        ("linux", "always madvise [never]", 0),
+        ("linux", None, 0),
+        ("x", "", 0),
+    ),
 )
 def test_systems_without_them(monkeypatch, tmp_path, platform, enabled, size):
     if enabled is not None:
