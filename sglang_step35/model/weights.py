@@ -78,7 +78,7 @@ def _load(model: nn.Module, owners: Mapping, weights, complete: bool, absent: st
     """absent: what a checkpoint without a single tensor for this model means."""
     loader = Loader(model, owners, open_files(getattr(model.config, "_name_or_path", None)))
     weights = _guarded(weights, loader.files)
-    for parameter in model.parameters():
+    for parameter in model.parameters() if complete else ():  # updates find them in their place
         huge_pages.use(parameter)
     if model.config.model_type == STEP37_MODEL_TYPE:
         weights = ((text_name(name), tensor) for name, tensor in weights if not name.startswith(VISION_PREFIXES))

@@ -22,7 +22,7 @@ from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, silu
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.row_tiles import ROWS, add_products, group, weights_at_once
-from sglang_step35.packed.step_operands import DATA, LIMIT, NB, NE, SRC, WORDS, places_of, words
+from sglang_step35.packed.step_operands import DATA, LIMIT, NB, NE, SRC, WORDS, clear, places_of, words
 from sglang_step35.vector_code import lanes, multiplies_pairs
 
 _SOURCES = "packed.row_kernels", "packed.row_tiles", *step_operands.SOURCES, *SHARED
@@ -176,14 +176,10 @@ def compiled():
     @callback(GRAPH_STEP)
     def multiply(address, _shape, part, parts, _data):
         """One thread's part: some rows of every matrix that is wanted. x: [K, slots or 1, T] float32."""
-        out = carray(address, WORDS, np.int64)
+        out = carray(address, WORDS if sources else 0, np.int64)  # for the key of the cache
         limit = carray(address, 2 * WORDS, np.float32)[LIMIT]
-        starts = np.zeros(words(out[SRC + 1])[NE + 2] + 2, np.int64)
-        # `sources`, for the key of the cache, is true.
-        places = np.empty((2, out[NE + 1] * out[NE + 2] if sources else 0), np.int64)
-        places_of(out, starts, places)
-        for p in range(starts[1] if part == 0 else 0):
-            floats(places[1, p], out[NE])[:] = 0
+        starts, places = places_of(out)
+        clear(out, places[1, : starts[1]], part, parts)
         for number in range(len(starts) - 2):
             low, high = starts[number + 1], starts[number + 2]
             if low < high:

@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 from numba import carray, njit
 
-from sglang_step35.compiled_numbers import EXACT, pointer
+from sglang_step35.compiled_numbers import EXACT, floats, pointer
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, CTensor
 
 # Where a tensor's fields begin, in words of 8 bytes; its parameters in words of 4.
@@ -28,11 +28,12 @@ def words(address):
 
 
 @njit(**EXACT)
-def places_of(out, starts, places):
-    """Rows in the order of the matrices that they want. starts [E + 2], zeros: where those begin that want none, matrix
-    0 and so on, and their end. places [2, P]: addresses of the rows of x, and of their results.
+def places_of(out):
+    """Rows in the order of the matrices that they want. starts [E + 2]: where those begin that want none, matrix 0 and
+    so on, and their end. places [2, P]: addresses of the rows of x, and of their results.
     """
-    x, ids, slots, count = words(out[SRC + 3]), out[SRC + 4], out[NE + 1], places.shape[1]
+    x, ids, slots, count = words(out[SRC + 3]), out[SRC + 4], out[NE + 1], out[NE + 1] * out[NE + 2]
+    starts, places = np.zeros(words(out[SRC + 1])[NE + 2] + 2, np.int64), np.empty((2, count), np.int64)
     wanted = np.zeros(count, np.int32)
     if ids:
         for p in range(count):
@@ -48,3 +49,12 @@ def places_of(out, starts, places):
         free[wanted[p] + 1] += 1
         places[0, place] = x[DATA] + token * x[NB + 2] + slot % x[NE + 1] * x[NB + 1]
         places[1, place] = out[DATA] + token * out[NB + 2] + slot * out[NB + 1]
+    return starts, places
+
+
+@njit(**EXACT)
+def clear(out, results, part, parts):
+    """One thread's part of the results that want no matrix, at their addresses."""
+    size = out[NE]
+    for address in results:
+        floats(address, size)[size * part // parts : size * (part + 1) // parts] = 0
