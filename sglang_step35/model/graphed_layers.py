@@ -95,12 +95,17 @@ class GraphedLayers(nn.Module):
         if attention is None:
             return None, None
         stream = memory.stream.of(steps, layers[0].output.shape[0], rows)
-        for number, layer in enumerate(layers):
-            parts = begin(steps, layer, stream, memory, rows)
-            attended = attention.add(steps, number, parts, memory.attended.address)
-            steps.end_part(attended)  # gates and the stream have their places
-            stream = end(steps, layer, stream, attended, memory, rows)
+        for number in range(len(layers)):
+            stream = self._whole(steps, number, stream, attention, rows)
         return steps.build([stream], memory.between, threads), attention
+
+    def _whole(self, steps: Steps, number: int, stream, attention, rows: int):
+        """The residual stream after a layer, from the one before it."""
+        layer, memory = self._weights()[number], self._memory
+        parts = begin(steps, layer, stream, memory, rows)
+        attended = attention.add(steps, number, parts, memory.attended.address)
+        steps.end_part(attended)  # gates and the stream have their places
+        return end(steps, layer, stream, attended, memory, rows)
 
     def _attend(self, module: GatedAttention, rows: int, dtype: torch.dtype, forward_batch) -> None:
         sizes = module.qk_norm_rope.sizes

@@ -37,7 +37,7 @@ class Feed:
 
     @classmethod
     def of(cls, module: MLP) -> "Feed":
-        return cls(*_matrices(module.gate_up_proj, 2), *_matrices(module.down_proj), module.activation.limit)
+        return cls(*matrices(module.gate_up_proj, 2), *matrices(module.down_proj), module.activation.limit)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Layer:
         heads = attention.qk_norm_rope
         return cls(
             module,
-            *(_factors(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)),
-            *(_factors(norm) for norm in (heads.q_norm, heads.k_norm)),
-            _matrices(attention.qkv_proj, heads.sizes),
+            *(factors(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)),
+            *(factors(norm) for norm in (heads.q_norm, heads.k_norm)),
+            matrices(attention.qkv_proj, heads.sizes),
             None if attention.g_proj is None else _plain(attention.g_proj.weight),
-            *_matrices(attention.o_proj),
+            *matrices(attention.o_proj),
             Feed.of(mlp if isinstance(mlp, MLP) else mlp.share_expert),
             None if isinstance(mlp, MLP) else Experts.of(mlp),
         )
@@ -145,7 +145,8 @@ class Memory:
     def fill_turns(self, positions: RotaryRows, rows: int) -> None:
         """cos and sin of each angle of the running forward's positions, as `Steps.rotate` reads them."""
         for rope, place in self.turns.items():
-            place.rows((rows, rope.head_size))[:, : rope.rotary_dim].copy_(positions.pairs(rope).flatten(1))
+            turns = place.rows((rows, rope.head_size))[:, : rope.rotary_dim]
+            turns.view(rows, -1, 2).copy_(positions.pairs(rope))
 
 
 def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list:
@@ -155,9 +156,9 @@ def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list
     parts = [steps.product(x, part) for part in layer.qkv]
     turns = memory.turns[rope.rope].rows((rows, module.head_dim))
     outputs = []
-    for part, factors in zip(parts[:2], (layer.q_norm, layer.k_norm), strict=True):
+    for part, norm in zip(parts[:2], (layer.q_norm, layer.k_norm), strict=True):
         heads = steps.reshape_3d(part, module.head_dim, part.contents.ne[0] // module.head_dim, rows)
-        normed = steps.fused_rms_norm(heads, steps.floats(factors, module.head_dim), _eps(layer))
+        normed = steps.fused_rms_norm(heads, steps.floats(norm, module.head_dim), _eps(layer))
         outputs.append(steps.rotate(normed, turns, rope.rope.rotary_dim))
     outputs.append(parts[2])
     address = memory.qkv.address
@@ -220,7 +221,7 @@ def bytes_between(layer: Layer) -> int:
     return (FLOAT + RECORD) * widths + 64 * 64
 
 
-def _factors(norm: RMSNorm) -> Tensor:
+def factors(norm: RMSNorm) -> Tensor:
     """1 + weight, float32."""
     return norm.weight.data.float() + 1
 
@@ -233,7 +234,7 @@ def _plain(weight: Tensor) -> GGMLTensor:
     return plain(weight.data)
 
 
-def _matrices(layer: nn.Module, parts=1) -> tuple[GGMLTensor, ...]:
+def matrices(layer: nn.Module, parts=1) -> tuple[GGMLTensor, ...]:
     """The matrices of a linear layer; parts: their number, or the rows of each."""
     if is_packed(layer):
         return tuple(layer.qweight.rows())

@@ -29,6 +29,8 @@ from sglang_step35.hicache.identity import note_weight_update
 from sglang_step35.model import single_rank
 from sglang_step35.model.decoder import DecoderLayer
 from sglang_step35.model.graphed_layers import GraphedLayers
+from sglang_step35.model.graphed_mtp import GraphedMTP, GraphedPass
+from sglang_step35.model.mtp_pass import LayerPass
 from sglang_step35.model.norm import RMSNorm
 from sglang_step35.model.rotary import RotaryRows
 from sglang_step35.model.shared_tables import SharedTables
@@ -89,7 +91,7 @@ class Step3p5MTP(nn.Module):
     """All MTP layers of a checkpoint, over one KV pool with layers 0 .. S - 1.
 
     SGLang's multi-layer EAGLE builds a draft model for each step; this one is built once and run
-    layer by layer with `forward_layer` and `compute_logits`. The embedding and the heads are the
+    layer by layer, in `start_pass` or with `forward_layer` and `compute_logits`. The embedding and the heads are the
     backbone's wherever the checkpoint's copies equal them, see `share_with`.
     """
 
@@ -120,6 +122,7 @@ class Step3p5MTP(nn.Module):
             for depth, layer in enumerate(self.spec.mtp_layers)
         )
         self.tables = SharedTables(self.spec, self.num_mtp_layers, self.quant_config)
+        self.graphed = GraphedMTP(self.layers, self.tables)
         self.logits_processor = LogitsProcessor(config)
         self.start_layer, self.end_layer = 0, self.num_mtp_layers
         self.weights_loaded = False
@@ -131,6 +134,14 @@ class Step3p5MTP(nn.Module):
     def get_attention_sliding_window_size(self) -> int | None:
         """Keys before the query's own that a sliding layer sees: SGLang's meaning of a window."""
         return None if self.spec.window is None else self.spec.earlier_keys
+
+    def start_pass(
+        self, positions: Tensor, hidden: Tensor, last: Tensor, forward_batch: ForwardBatch
+    ) -> LayerPass | GraphedPass:
+        """All layers over the rows that attention has planned. positions: [T] int64. hidden: [T, H], the backbone's
+        before its final norm. last: [B], the rows that predict a draft."""
+        inputs = positions, hidden, last, forward_batch
+        return self.graphed.start(*inputs) or LayerPass(self, *inputs)
 
     @torch.no_grad()
     def forward_layer(

@@ -35,7 +35,7 @@ class RotaryRows:
 
     def pairs(self, rope: nn.Module) -> Tensor:
         """cos and sin of every angle, [T, r / 2, 2] float32."""
-        return self._cos_sin(rope).unflatten(-1, (2, -1)).transpose(1, 2)
+        return self._cos_sin(rope).view(len(self.positions), 2, -1).transpose(1, 2)
 
     def _cos_sin(self, rope: nn.Module) -> Tensor:
         """[T, r] float32, the cosines first."""

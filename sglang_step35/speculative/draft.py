@@ -50,27 +50,28 @@ class EagerPass:
     def __init__(self, runner, forward_batch: ForwardBatch, rows: MTPPassInput, hidden: Tensor):
         """hidden: [R, H], the backbone's hidden states before the final norm."""
         plan_draft_attention(runner, forward_batch, rows)
-        self.model = runner.model
-        self.forward_batch = forward_batch
+        self.layers = runner.model.start_pass(rows.positions, hidden, rows.last, forward_batch)
         self.rows = rows
-        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """[R, H], of the layer that ran last."""
+        return self.layers.hidden
 
     def logits(self, layer: int) -> Tensor:
         """Run a layer; [B, V], its prediction after each request's last row."""
-        self.forward(layer)
-        return self.model.compute_logits(layer, self.hidden[self.rows.last])
+        return self.layers.logits(layer, self._tokens(layer))
 
     def forward(self, layer: int) -> None:
         """Run a layer for the next one alone."""
-        self.hidden = self.model.forward_layer(layer, *self._inputs(layer))
+        self.layers.forward(layer, self._tokens(layer))
 
     def write_kv(self, layer: int) -> None:
         """Of a layer that no other follows, only what later passes read."""
-        self.model.write_kv(layer, *self._inputs(layer))
+        self.layers.write_kv(layer, self._tokens(layer))
 
-    def _inputs(self, layer: int) -> tuple[Tensor, Tensor, Tensor, ForwardBatch]:
-        rows = self.rows
-        return rows.line[rows.base + layer], rows.positions, self.hidden, self.forward_batch
+    def _tokens(self, layer: int) -> Tensor:
+        return self.rows.line[self.rows.base + layer]
 
     def put(self, layer: int, drafts: Tensor) -> None:
         """Let the next layer read these drafts [B]."""

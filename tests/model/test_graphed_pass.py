@@ -7,22 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from sglang_step35.attention.portable import paged_call, paged_steps
-from sglang_step35.attention.portable.backend import PortableAttnBackend
 from sglang_step35.model import graphed_layers
 from sglang_step35.packed import ik_check
-from sglang_step35.platform.kv_pool import PortableMHATokenToKVPool
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
+from tests.support.paged_host import SLOTS, PagedHost
 from tests.support.reference import load_reference
 
 TOLERANCE = 1e-4
 ROUNDED = 0.05  # relative, of hidden states in bfloat16
-REQUESTS, LENGTH, SLOTS = 4, 160, 800
 
 pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is not usable here")
 
@@ -47,50 +42,14 @@ class Server:
         self.passes: list[bool] = []
         through = layers._in_one if in_one else lambda *operands: False
         layers._in_one = lambda *operands: self.passes.append(through(*operands)) or self.passes[-1]
-        self.pool = self._pools(dtype)
-        table = ReqToTokenPool(REQUESTS, LENGTH, "cpu", enable_memory_saver=False)
-        table.req_to_token[1:] = torch.randperm(SLOTS - 1)[: LENGTH * REQUESTS].view(REQUESTS, LENGTH).int() + 1
-        self.table = table.req_to_token[1:]
-        self.backend = PortableAttnBackend(
-            SimpleNamespace(device="cpu", req_to_token_pool=table, token_to_kv_pool=self.pool)
-        )
-
-    def _pools(self, dtype: torch.dtype) -> SWAKVPool:
-        kinds = [layer.self_attn.attn.sliding_window_size >= 0 for layer in self.model.model.layers]
-        attention = self.model.model.layers[0].self_attn.attn
-        pool = SWAKVPool(
-            SLOTS,
-            SLOTS,
-            1,
-            dtype,
-            attention.tp_k_head_num,
-            attention.qk_head_dim,
-            swa_attention_layer_ids=[number for number, slides in enumerate(kinds) if slides],
-            full_attention_layer_ids=[number for number, slides in enumerate(kinds) if not slides],
-            device="cpu",
-            token_to_kv_pool_class=PortableMHATokenToKVPool,
-        )
-        pool.register_mapping(torch.cat((torch.tensor([0]), torch.randperm(SLOTS) + 1)))
-        return pool
+        self.host = PagedHost([layer.self_attn.attn for layer in self.model.model.layers], dtype)
+        self.backend = self.host.backend
 
     @torch.inference_mode()
     def run(self, spans, slots=None) -> torch.Tensor:
-        """Hidden states [T, H] before the final norm; spans: (request, ids, first position, end) of the rows."""
-        places = [(request, position) for request, _, first, end in spans for position in range(first, end)]
-        batch = model_host.batch_of([ids[position] for _, ids, first, end in spans for position in range(first, end)])
-        batch.batch_size = len(spans)
-        batch.req_pool_indices = torch.tensor([request + 1 for request, *_ in spans])
-        batch.seq_lens = torch.tensor([end for *_, end in spans])
-        batch.extend_seq_lens_cpu = [end - first for *_, first, end in spans]
-        batch.extend_seq_lens = torch.tensor(batch.extend_seq_lens_cpu)
-        batch.positions = torch.tensor([position for _, position in places])
-        batch.out_cache_loc = torch.stack([self.table[place] for place in places]).long() if slots is None else slots
-        with forward_context(ForwardContext(attn_backend=self.backend), forward_batch=batch):
-            self.backend.init_forward_metadata(batch)
+        """Hidden states [T, H] before the final norm; spans, slots: see `PagedHost.planned`."""
+        with self.host.planned(spans, slots) as batch:
             return self.model(batch.input_ids, batch.positions, batch).hidden_states.float()
-
-    def written(self) -> list[torch.Tensor]:
-        return [part for layer in range(len(self.model.model.layers)) for part in self.pool.get_kv_buffer(layer)]
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -149,7 +108,7 @@ def test_as_layer_by_layer(directory, reference, dtype):
     for spans in rounds(ids):
         found, expected = one.run(spans), other.run(spans)
         assert (found - expected).norm() < (1e-6 if dtype is torch.float32 else ROUNDED) * expected.norm()
-    for found, expected in zip(one.written(), other.written(), strict=True):
+    for found, expected in zip(one.host.written(), other.host.written(), strict=True):
         used = expected.flatten(1).any(-1)
         assert torch.equal(found.flatten(1).any(-1), used) and used.any()
         tolerance = 1e-5 if dtype is torch.float32 else 0.1

@@ -12,6 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative import eagle_info, eagle_utils, eagle_worker_common
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
+from sglang_step35.model.mtp_pass import LayerPass
 from sglang_step35.speculative import device, draft, graphs, host_copy, verify, worker
 from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.pass_buffers import PassBuffers, VerifiedBuffers
@@ -35,6 +36,9 @@ class Model:
     """The MTP layers."""
 
     num_mtp_layers = STEPS
+
+    def start_pass(self, positions, hidden, last, batch):
+        return LayerPass(self, positions, hidden, last, batch)
 
     def forward_layer(self, layer, tokens, positions, hidden, batch):
         assert tokens.shape == positions.shape == hidden.shape[:1]

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sglang_step35.model.mtp_pass import LayerPass
+
 VOCAB, EARLIER_KEYS = 13, 4
 _WORD = 2**64 - 1
 
@@ -111,6 +113,9 @@ class ToyMTP:
     def plan_rows(self, pool_indices: Tensor, row_counts: list[int], ends: list[int], slots: Tensor) -> None:
         """The attention backend's part: whose rows come."""
         self.owners = [b for b, count in zip(pool_indices.tolist(), row_counts, strict=True) for _ in range(count)]
+
+    def start_pass(self, positions: Tensor, hidden: Tensor, last: Tensor, batch) -> LayerPass:
+        return LayerPass(self, positions, hidden, last, batch)
 
     def forward_layer(self, layer: int, tokens: Tensor, positions: Tensor, hidden: Tensor, batch) -> Tensor:
         """Every row's KV is written before any is read; slot 0 takes what nobody may read."""

@@ -43,6 +43,8 @@ class PagedSteps:
             own = dict(heads=heads, group=queries // heads, size=size, scale=scale, q_stride=queries * size * FLOAT)
             for name, value in dict(own, width=dtype.itemsize, q_width=FLOAT, rows=rows).items():
                 self._tasks[name][number] = value
+        # One assignment of all fields: one for each costs as much as the rest of `plan`.
+        self._fields = {kind: np.ix_(numbers, _COLUMNS) for kind, numbers in self._alike.items()}
 
     def add(self, steps: Steps, number: int, parts: Sequence, address: int):
         """The steps of a layer, which gives [H * D, T] at this address.
@@ -50,13 +52,21 @@ class PagedSteps:
         parts: q, k and v [D, heads, T], which have their places, and what else must be computed before.
         """
         task, kind = self._tasks[number : number + 1], NAMES[self.dtype]
-        task["q"], task["new_keys"], task["new_values"] = (part.contents.data for part in parts[:3])
-        task["out"] = address
-        stored = steps.callback(paged_kernel.compiled_store(kind), task.ctypes.data, (1,), *parts)
+        task["q"], task["out"] = parts[0].contents.data, address
+        stored = self.store(steps, number, *parts[1:3], before=parts)
         width = int(task["heads"][0] * task["group"][0] * task["size"][0])
         out = steps.callback(paged_kernel.compiled_step(kind), task.ctypes.data, (width, self.rows), stored)
         out.contents.data = address
         return out
+
+    def store(self, steps: Steps, number: int, keys, values, before: Sequence):
+        """The first of a layer's steps: keys and values [D, heads, T], which have their places, into its pools.
+
+        Alone where nobody reads what the rows attend to. before: what must be computed by then.
+        """
+        task = self._tasks[number : number + 1]
+        task["new_keys"], task["new_values"] = keys.contents.data, values.contents.data
+        return steps.callback(paged_kernel.compiled_store(NAMES[self.dtype]), task.ctypes.data, (1,), *before)
 
     def plan(self, forward_batch) -> bool:
         """Let the graph compute the pass that the backend has planned; False where that takes other calls."""
@@ -64,8 +74,7 @@ class PagedSteps:
         return all(self._plan_alike(kind, forward_batch) for kind in self._alike)
 
     def _plan_alike(self, kind: tuple, forward_batch) -> bool:
-        numbers = self._alike[kind]
-        layers = [self.layers[number] for number in numbers]
+        layers = [self.layers[number] for number in self._alike[kind]]
         pools = [self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id) for layer in layers]
         call = self.backend.paged_call(layers[0], pools[0][0], self.rows, self.dtype)
         slots = self.backend.new_slots(layers[0], forward_batch)
@@ -76,8 +85,7 @@ class PagedSteps:
         strides = (part.stride(0) * part.element_size() for part in pools[0])
         values = (slots.data_ptr(), *strides, *(fields[name] for name in _OF_CALL))
         places = [(keys.data_ptr(), values.data_ptr()) for keys, values in pools]
-        # One assignment of all fields: one for each costs as much as the rest of this.
-        self._words[np.ix_(numbers, _COLUMNS)] = [own + values for own in places]
+        self._words[self._fields[kind]] = [own + values for own in places]
         self._read += [call, slots]  # the tasks hold their addresses
         return True
 
@@ -86,5 +94,5 @@ def _within(slots: Tensor, rows: int, size: int) -> bool:
     """Whether there is a slot of a pool for every row; compiled code does not check."""
     if len(slots) != rows:
         return False
-    found = slots.numpy()
-    return bool(found.min() >= 0 and found.max() < size)
+    found = slots.tolist()
+    return min(found) >= 0 and max(found) < size
