@@ -102,7 +102,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         self.draft_runner = self.draft_worker.model_runner
         self.model = self.draft_runner.model
         self.graphs = None
-        self.reader: WindowReader | None = None  # of the rounds' state, once there is one
+        self.reader: WindowReader | None = None  # of the rounds' state, where graphs read it
         # Before the KV pools are sized: heads that differ from the backbone's take memory here.
         self.model.share_with(target_worker.model_runner.model)
 
@@ -161,7 +161,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
 
         sampler: called with (layer, logits [B, V]), returns the layer's drafts [B] int64.
         """
-        last = window.reader.num_layers - 1
+        last = sampler.num_steps - 1
         if batch.forward_mode.is_target_verify():
             batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
         with self._pass(batch, window) as layers:

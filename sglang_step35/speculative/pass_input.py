@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sglang_step35.speculative.host_copy import to_device
+from sglang_step35.speculative.slot_states import SlotStates
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,36 @@ def window_rows(
         ends=seq_lens.long() + verify_width,
         ends_cpu=None if seq_lens_cpu is None else seq_lens_cpu.long() + verify_width,
     )
+
+
+def slot_rows(
+    states: SlotStates, positions: np.ndarray, slots: np.ndarray, committed: np.ndarray, num_layers: int
+) -> tuple[MTPPassInput, Tensor]:
+    """The committed rows of windows on the host, and their hidden states [R, H].
+
+    positions, slots: [B, W]. committed: [B, W] bool, of each request some neighbours, at least one. Rows whose hidden
+    states are not known write no KV.
+    """
+    size, width = slots.shape
+    line = np.zeros((size, width + num_layers), np.int64)
+    line[:, :width] = states.tokens[slots]
+    places = np.arange(line.size).reshape(line.shape)[:, :width]
+    counts, own = committed.sum(1), slots[committed]
+    entries, base, positions = states.entries(own), places[committed], positions[committed]
+    last = counts.cumsum() - 1
+    ends = torch.from_numpy(positions[last] + 1)
+    found = MTPPassInput(
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(np.where(entries, own, 0)),
+        line=torch.from_numpy(line.reshape(-1)),
+        base=torch.from_numpy(base),
+        draft_at=torch.from_numpy(base[last] + 1),
+        last=torch.from_numpy(last),
+        row_counts=counts.tolist(),
+        ends=ends,
+        ends_cpu=ends,
+    )
+    return found, states.rows(entries)
 
 
 def extend_rows(

@@ -50,7 +50,7 @@ class RingUpkeep:
         rows = found.rows(next_token_ids)
         hidden = found.hidden(hidden)
         found.remember(rows, hidden)
-        yield CatchUp(self.reader, rows, hidden)
+        yield CatchUp(rows, hidden)
 
     @contextmanager
     def round(self, batch, pool_idx: list[int], verified: Verified, depth: int) -> Iterator[RoundWindow | None]:

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from torch import Tensor
 
 from sglang_step35.speculative.adaptive import Foretold
-from sglang_step35.speculative.pass_input import MTPPassInput, extend_rows
+from sglang_step35.speculative.pass_input import MTPPassInput, extend_rows, slot_rows
 from sglang_step35.speculative.prefill import Chunks
 from sglang_step35.speculative.round_cost import RoundCost
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.slot_states import SlotStates
-from sglang_step35.speculative.window import CatchUp, RoundWindow, Verified, WindowReader
+from sglang_step35.speculative.window import CatchUp, Verified
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,16 @@ class SlotUpkeep:
         self, settings: MTPSettings, req_to_token_pool, allocator, *, earlier_keys: int, hidden_size: int, dtype
     ):
         """allocator: SGLang's of full and sliding slots. earlier_keys: of the MTP layers. dtype: of hidden states."""
-        table, self.to_sliding = req_to_token_pool.req_to_token, allocator.full_to_swa_index_mapping
-        rows = settings.state_rows(earlier_keys, len(table))
-        self.states = SlotStates(table, len(self.to_sliding), rows, hidden_size, dtype)
-        self.reader = WindowReader(self.states, table, settings.num_steps)
+        self.req_to_token = req_to_token_pool.req_to_token
+        self.to_sliding = allocator.full_to_swa_index_mapping.numpy()
+        rows = settings.state_rows(earlier_keys, len(self.req_to_token))
+        self.states = SlotStates(self.req_to_token, len(self.to_sliding), rows, hidden_size, dtype)
+        self.reader = None  # of rings, which CUDA graphs read
         self.allocator, self.num_layers, self.earlier_keys = allocator, settings.num_steps, earlier_keys
         self.retained, self.reach = settings.retained(earlier_keys), settings.reach(earlier_keys)
-        self.exact = torch.zeros(allocator.size_swa + allocator.page_size, dtype=torch.bool, device=table.device)
+        self.exact = np.zeros(allocator.size_swa + allocator.page_size, bool)
         # By pool index: rows, at most, that a pass has to compute beside a round's own.
-        self.debts = [0] * len(table)
+        self.debts = [0] * len(self.req_to_token)
 
     def foretold(self, cost: RoundCost, batch: int) -> Foretold:
         """Of rounds of `batch` requests."""
@@ -78,16 +80,14 @@ class SlotUpkeep:
             yield found
 
     @contextmanager
-    def round(
-        self, batch, pool_idx: list[int], verified: Verified, depth: int
-    ) -> Iterator[RoundWindow | CatchUp | None]:
+    def round(self, batch, pool_idx: list[int], verified: Verified, depth: int) -> Iterator[CatchUp | None]:
         """The pass behind a verify step; None where nothing is to be drafted, or slots are short for what is owed."""
+        slots = batch.out_cache_loc.numpy()
+        self._keep(slots, verified.hidden.flatten(0, 1), verified.tokens.flatten().numpy())
         if depth and not any(self.debts[index] for index in pool_idx):
-            self._note(verified)
-            width = verified.tokens.shape[1]
-            yield RoundWindow(self.reader, verified, width, width + self.num_layers - 1)
+            yield self._window(verified, slots)
             return
-        self._leave_out(batch.out_cache_loc, pool_idx, verified)
+        self._owe(pool_idx, [self.debts[index] + verified.tokens.shape[1] for index in pool_idx])
         if not depth:
             yield None
             return
@@ -105,30 +105,29 @@ class SlotUpkeep:
             positions += range(prefix, end)
             tokens += chunks.ids[b][prefix + 1 : end + 1]
             tokens += [next_token_ids[b]] * chunks.final[b]
-        slots = self.states.slots(torch.tensor(owners), torch.tensor(positions))
-        self._keep(slots, hidden, torch.tensor(tokens))
+        self._keep(self.states.slots(owners, np.array(positions)), hidden, np.array(tokens))
         self._owe(chunks.pool_idx, chunks.ends)
 
-    def _leave_out(self, slots: Tensor, pool_idx: list[int], verified: Verified) -> None:
-        """Keep what a round's MTP pass would have been computed from, as `remember` does; slots: [B * N], verified."""
-        self._keep(slots, verified.hidden.flatten(0, 1), verified.tokens.flatten())
-        self._owe(pool_idx, [self.debts[index] + verified.tokens.shape[1] for index in pool_idx])
-
-    def _keep(self, slots: Tensor, hidden: Tensor, tokens: Tensor) -> None:
+    def _keep(self, slots: np.ndarray, hidden: Tensor, tokens: np.ndarray) -> None:
         """Hidden states [N, H] and the tokens [N] behind positions with these slots [N], whose KV is yet to come."""
-        self.states.keep(slots, hidden)
-        self.states.tokens.index_copy_(0, slots, tokens)
-        self.exact.index_fill_(0, self.to_sliding.index_select(0, slots), False)
+        self.states.keep(slots, hidden, tokens)
+        self.exact[self.to_sliding[slots]] = False
 
-    def _note(self, verified: Verified) -> None:
-        """Mark the rows of a pass's window: exact are those whose tokens are true in the deepest layer, too."""
-        earlier = self.num_layers - 1
-        offsets = torch.arange(-earlier, verified.tokens.shape[1])
-        positions = verified.seq_lens[:, None] + offsets
-        slots = self.states.slots(verified.requests[:, None], positions)
-        true = offsets < (verified.accept_lens - earlier)[:, None]
-        self.exact[self.to_sliding[slots].where(positions >= 0, 0)] = true
+    def _window(self, verified: Verified, slots: np.ndarray) -> CatchUp:
+        """A round's pass: the rows of committed tokens, and those before them whose KV came from drafts.
+
+        slots: [B * N] of what was verified. Exact are the rows whose tokens are true in the deepest layer, too.
+        """
+        earlier, (size, width) = self.num_layers - 1, verified.tokens.shape
+        lens, accepted = verified.seq_lens.numpy()[:, None], verified.accept_lens.numpy()[:, None]
+        offsets = np.arange(-earlier, width)
+        positions = lens + offsets
+        before = self.states.slots(verified.requests.numpy()[:, None], positions[:, :earlier])
+        window = np.concatenate((before, slots.reshape(size, width)), axis=1)
+        self.exact[self.to_sliding[window]] = offsets < accepted - earlier
         self.exact[0] = False  # nobody's
+        committed = (offsets < accepted) & (positions >= 0)
+        return CatchUp(*slot_rows(self.states, positions, window, committed, self.num_layers))
 
     def _owe(self, pool_idx: Sequence[int], rows: Sequence[int]) -> None:
         for index, count in zip(pool_idx, rows, strict=True):
@@ -140,12 +139,12 @@ class SlotUpkeep:
         Where hidden states of these are gone, the last row alone, which means nothing.
         """
         low = max(0, since - self.reach)
-        slots = self.states.table[pool_idx, low:end].long()
-        missing = (~self.exact[self.to_sliding[slots[: since - low]]]).nonzero().flatten().add_(low).tolist()
+        slots = self.states.table[pool_idx, low:end]
+        missing = (np.flatnonzero(~self.exact[self.to_sliding[slots[: since - low]]]) + low).tolist()
         start = exact = _first(missing, since - self.retained, since)
         for _ in range(self.num_layers - 1):  # a layer reads the window before it of the layer below
             start = _first(missing, start - self.earlier_keys, start)
-        known = bool((self.states.entries(slots[start - low :]) > 0).all())
+        known = bool(self.states.entries(slots[start - low :]).all())
         return Span(start, exact, end) if known else Span(end - 1, end, end)
 
     @contextmanager
@@ -157,27 +156,28 @@ class SlotUpkeep:
             yield None
             return
         spans, rows, gone = room
-        sliding = self.to_sliding[rows.slots]
+        slots = rows.slots.numpy()
+        sliding = self.to_sliding[slots]
         # Exact rows are input of the layers above, but what is before them may be missing: their own KV stays as it is.
-        made = replace(rows, slots=rows.slots.masked_fill(self.exact[sliding], 0))
+        made = replace(rows, slots=torch.from_numpy(np.where(self.exact[sliding], 0, slots)))
         silent = [span.exact == span.end for span in spans]
         with self._lending(gone):
-            yield CatchUp(self.reader, made, self.states.hidden[self.states.entries(rows.slots)], silent)
+            yield CatchUp(made, self.states.rows(self.states.entries(slots)), silent)
         self._mark(rows, spans, sliding)
         self._owe(pool_idx, [self.reach * owes for owes in silent])
 
-    def _mark(self, rows: MTPPassInput, spans: list[Span], sliding: Tensor) -> None:
+    def _mark(self, rows: MTPPassInput, spans: list[Span], sliding: np.ndarray) -> None:
         """Note what a pass over these rows, in these sliding slots, has made exact."""
-        counts = torch.tensor(rows.row_counts)
-        first = torch.tensor([span.exact for span in spans]).repeat_interleave(counts)
-        last = torch.tensor([span.end - self.num_layers for span in spans]).repeat_interleave(counts)
-        self.exact[sliding[(rows.positions >= first) & (rows.positions <= last)]] = True
+        positions = rows.positions.numpy()
+        first = np.repeat([span.exact for span in spans], rows.row_counts)
+        last = np.repeat([span.end - self.num_layers for span in spans], rows.row_counts)
+        self.exact[sliding[(positions >= first) & (positions <= last)]] = True
         self.exact[0] = False
 
     def _rows(self, batch, spans: list[Span]) -> MTPPassInput:
         requests = batch.req_pool_indices.tolist()
         lines = [
-            self.states.tokens[self.states.table[index, span.start : span.end].long()].tolist()
+            self.states.tokens[self.states.table[index, span.start : span.end]].tolist()
             for index, span in zip(requests, spans, strict=True)
         ]
         return extend_rows(
@@ -185,7 +185,7 @@ class SlotUpkeep:
             ends=[span.end for span in spans],
             lines=lines,
             num_layers=self.num_layers,
-            req_to_token=self.states.table,
+            req_to_token=self.req_to_token,
             req_pool_indices=batch.req_pool_indices,
         )
 
@@ -198,7 +198,7 @@ class SlotUpkeep:
         for _ in range(2):
             spans = find_spans()
             rows = self._rows(batch, spans)
-            gone = rows.slots[self.to_sliding[rows.slots] == 0].unique()
+            gone = rows.slots[torch.from_numpy(self.to_sliding)[rows.slots] == 0].unique()
             short = self._whole_pages(len(gone)) - self.allocator.swa_available_size()
             if short <= 0:
                 return spans, rows, gone

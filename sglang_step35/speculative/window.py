@@ -13,7 +13,6 @@ from torch import Tensor
 from sglang_step35.speculative.host_copy import host_reads_are_free
 from sglang_step35.speculative.pass_input import MTPPassInput, window_rows
 from sglang_step35.speculative.rings import RequestRings
-from sglang_step35.speculative.slot_states import SlotStates
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Verified:
 class WindowReader:
     """The state a pass is computed from. req_to_token: SGLang's table of slots by pool index and position."""
 
-    states: RequestRings | SlotStates
+    states: RequestRings
     req_to_token: Tensor
     num_layers: int
 
@@ -106,7 +105,6 @@ class CatchUp:
     silent: requests that it cannot draft for, by their place in the batch; empty: none.
     """
 
-    reader: WindowReader
     pass_input: MTPPassInput
     hidden: Tensor
     silent: Sequence[bool] = ()
