@@ -33,7 +33,7 @@ class AdaptiveSettings:
     max_depth: int
     min_depth: int = 0
     look_ups: bool = False
-    smoothing: float = 0.05
+    smoothing: float = 0.03
     window: int = 32
     enough: int = 3
     regret: float = 0.01

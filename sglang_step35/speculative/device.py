@@ -152,11 +152,13 @@ def _needs_no_mask(backend) -> bool:
 def _causal_verify_input(batch, chain: Tensor) -> EagleVerifyInput:
     """A chain needs no tree: attention is causal over the window, so no mask is built."""
     width = chain.shape[1]
-    positions = batch.seq_lens[:, None] + torch.arange(width, device=chain.device)
+    positions = batch.seq_lens
+    if width > 1:
+        positions = (positions[:, None] + torch.arange(width, device=chain.device)).flatten()
     return EagleVerifyInput(
         draft_token=chain.flatten(),
         custom_mask=None,
-        positions=positions.flatten(),
+        positions=positions,
         retrieve_index=None,
         retrieve_next_token=None,
         retrieve_next_sibling=None,

@@ -204,5 +204,6 @@ def extend_cache_locs(
 
     The portable platform's implementation of SGLang's speculative cache locations.
     """
-    columns = start_offset.long()[:, None] + torch.arange(draft_token_num, device=device)
-    return req_to_token[req_pool_indices[:, None], columns].long().flatten()
+    columns = start_offset.numpy()[:, None] + np.arange(draft_token_num)
+    found = req_to_token.numpy()[req_pool_indices.numpy()[:, None], columns]
+    return torch.from_numpy(found.astype(np.int64).reshape(-1))

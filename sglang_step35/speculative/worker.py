@@ -208,8 +208,9 @@ class Step35SpecWorker(BaseSpecWorker):
             hidden=outcome.hidden.view(*outcome.tokens.shape, -1),
         )
         sampler = self._draft(batch, pool_idx, verified, outcome.result.new_seq_lens)
-        last = (outcome.accept_lens - 1)[:, None]
-        bonus = outcome.tokens.gather(1, last) if width > 1 else outcome.tokens
+        bonus = outcome.tokens
+        if width > 1:
+            bonus = bonus.gather(1, (outcome.accept_lens - 1)[:, None])
         outcome.result.next_draft_input = sampler.draft_input(bonus.squeeze(1))
         if self.settings.look_ups:
             self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
