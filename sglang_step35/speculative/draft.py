@@ -71,11 +71,11 @@ class EagerPass:
         self.layers.write_kv(layer, self._tokens(layer))
 
     def _tokens(self, layer: int) -> Tensor:
-        return self.rows.line[self.rows.base + layer]
+        return self.rows.line[layer:].index_select(0, self.rows.base)
 
     def put(self, layer: int, drafts: Tensor) -> None:
         """Let the next layer read these drafts [B]."""
-        self.rows.line[self.rows.draft_at + layer] = drafts
+        self.rows.line[layer:].index_copy_(0, self.rows.draft_at, drafts)
 
 
 class MTPDraftWorker(EagleDraftWorkerBase):

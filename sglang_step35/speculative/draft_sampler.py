@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sglang_step35.speculative.acceptance import NO_DRAFT, inverse_cdf
 from sglang_step35.speculative.confidence import StopRule
+from sglang_step35.speculative.device import greedy_choice
 from sglang_step35.speculative.grammar import DraftGrammars
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
@@ -61,7 +62,7 @@ class DraftSampler:
             draft = self.ranks.same(inverse_cdf(proposal, self.coins[:, layer]))
             self.probs.append(proposal)
         else:
-            draft = logits.argmax(-1)
+            draft = greedy_choice(logits)
         if self.stop_rule is not None:
             probs = proposal if self.sampled else logits.float().softmax(-1)
             self.confidences.append(self.ranks.same(probs.gather(1, draft[:, None])).squeeze(1).tolist())

@@ -14,7 +14,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from torch import Tensor
 
 from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled
-from sglang_step35.speculative.device import chain_verify_input
+from sglang_step35.speculative.device import chain_verify_input, greedy_choice
 from sglang_step35.speculative.host_copy import to_device
 from sglang_step35.speculative.penalties import PenaltyRule, penalise
 from sglang_step35.speculative.ranks import ALONE, Ranks
@@ -88,7 +88,7 @@ class TargetVerifier:
         logits = flat.view(size, width, -1)
         drafts = chain[:, 1:]
         if info.is_all_greedy:
-            return accept_greedy(drafts, logits.argmax(-1))
+            return accept_greedy(drafts, greedy_choice(logits))
         rule = SamplingRule.from_info(info)
         columns = torch.arange(width, device=chain.device)
         streams = torch.full_like(columns, _ACCEPT_STREAM)

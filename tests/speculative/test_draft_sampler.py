@@ -1,8 +1,10 @@
 """Drafts of one pass: how they are drawn, what is kept of them, and what the scheduler relays."""
 
+import pytest
 import torch
 
 from sglang_step35.speculative.acceptance import NO_DRAFT
+from sglang_step35.speculative.device import greedy_choice
 from sglang_step35.speculative.draft_sampler import DraftSampler
 from tests.support.nano_model import chi_square
 from tests.support.toy_requests import ToyRequest, sample, sampling_info
@@ -135,3 +137,10 @@ def test_the_relay_fills_what_was_not_drafted_with_no_draft():
         ]
         assert relayed.topk_index.dtype == torch.int64 and relayed.topk_p.shape == (2, STEPS)
         assert relayed.bonus_tokens.tolist() == [3, 4] and relayed.draft_probs is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_greedy_choice_is_torchs(dtype):
+    """Of equal ones the first; few values in so many columns are often equal."""
+    logits = torch.randint(0, 50, (3, 4, 200)).to(dtype)
+    assert torch.equal(greedy_choice(logits), logits.argmax(-1))
