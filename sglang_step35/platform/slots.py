@@ -1,6 +1,6 @@
-"""Bookkeeping of KV slots in plain torch, where SGLang has only a Triton kernel."""
+"""Bookkeeping of KV slots on CPUs, where SGLang has only a Triton kernel."""
 
-import torch
+import numpy as np
 from torch import Tensor
 
 
@@ -16,9 +16,8 @@ def assign_req_to_token(
 
     req_pool_indices, start_offset, end_offset: [batch_size]. out_cache_loc: [sum of lengths].
     """
-    lengths = (end_offset - start_offset).long()
-    rows = req_pool_indices.long().repeat_interleave(lengths)
-    first = lengths.cumsum(0) - lengths
-    within = torch.arange(len(rows), device=rows.device) - first.repeat_interleave(lengths)
-    columns = start_offset.long().repeat_interleave(lengths) + within
-    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+    first, end = start_offset.numpy(), end_offset.numpy()
+    lengths = end - first
+    rows = np.repeat(req_pool_indices.numpy(), lengths)
+    columns = np.arange(len(rows)) + np.repeat(end - lengths.cumsum(), lengths)
+    req_to_token.numpy()[rows, columns] = out_cache_loc.numpy()

@@ -219,8 +219,9 @@ class DepthController:
         """By depth, what rounds took for a unit of the prior: of the nearest depth that was timed, 1 without one."""
         pairs = enumerate(zip(self.cost, self.prior.by_depth, strict=True))
         timed = {depth: seconds / foretold for depth, (seconds, foretold) in pairs if seconds is not None}
-        near = (min(timed, key=lambda other: abs(other - depth), default=None) for depth in range(len(self.cost)))
-        return [1.0 if depth is None else timed[depth] for depth in near]
+        if not timed:
+            return [1.0] * len(self.cost)
+        return [timed[d if d in timed else min(timed, key=lambda other: abs(other - d))] for d in range(len(self.cost))]
 
     def _wait(self, kind: int, rates: list[float]) -> float:
         """Rounds from one measurement of a kind of round to the next, where depths have these rates."""
