@@ -13,6 +13,8 @@ from sglang_step35.bench.workloads import Session
 
 LINE_BYTES = 1 << 22  # a chunk with logprobs or token ids is one long line
 PROBE_SECONDS = 10
+# An idle connection is used again within so many seconds: SGLang closes it after 5, perhaps while it is taken.
+KEPT_SECONDS = 2.0
 
 # What may be asked beyond OpenAI's own fields. A hosted API may refuse a field it does not know.
 EXTRA_FIELDS = {
@@ -45,7 +47,7 @@ async def connect(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(
         headers=headers,
         read_bufsize=LINE_BYTES,
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
         timeout=aiohttp.ClientTimeout(total=endpoint.timeout),
     ) as client:
         yield client

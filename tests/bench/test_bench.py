@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
-from sglang_step35.bench import metrics, stats, sweep
+from sglang_step35.bench import load, metrics, stats, sweep
 from sglang_step35.bench.load import Endpoint, connect, identify, request_body, run_sessions
 from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
 from sglang_step35.bench.workloads import WORKLOADS, Session, parse_names, sessions
@@ -70,12 +70,13 @@ class Script:
     """Answers by the word in the prompt; knows how many requests it held at once and what it was sent."""
 
     def __init__(self):
-        self.now, self.most, self.bodies, self.keys = 0, 0, [], []
+        self.now, self.most, self.bodies, self.keys, self.clients = 0, 0, [], [], []
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
         self.keys.append(request.headers.get("Authorization"))
+        self.clients.append(request.transport.get_extra_info("peername"))
         self.now += 1
         self.most = max(self.most, self.now)
         try:
@@ -151,6 +152,19 @@ def test_each_kind_of_error_is_counted_and_the_rest_goes_on():
     cell = stats.summarize("chat", 6, results, seconds, {})
     assert cell.errors == {"http 503": 1, "malformed": 1, "broken off": 1, "truncated": 1, "timeout": 1}
     assert cell.tokens == 4
+
+
+@pytest.mark.parametrize("kept, connections", [(60, 1), (0.01, 2)])
+def test_connections_that_the_server_may_be_closing_are_not_used_again(monkeypatch, kept, connections):
+    monkeypatch.setattr(load, "KEPT_SECONDS", kept)
+
+    async def twice(client, endpoint):
+        for pause in (0.1, 0):
+            await run_sessions(client, endpoint, [talk("a")], 1, 4)
+            await asyncio.sleep(pause)
+
+    script, _ = asyncio.run(with_script(twice))
+    assert len(set(script.clients)) == connections
 
 
 def test_nobody_listens():
