@@ -16,6 +16,7 @@ import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
 
+from sglang_step35.attention.portable.paged_steps import PagedSteps
 from sglang_step35.model import single_rank
 from sglang_step35.model.attention import GatedAttention
 from sglang_step35.model.decoder import DecoderLayer
@@ -41,6 +42,7 @@ class GraphedLayers(nn.Module):
         self._read: list[Layer] | None = None
         self._serial = next(_SERIAL)  # graphs of former weights are not found again
         self._memory: Memory | None = None
+        self._attention: dict[tuple, PagedSteps | None] = {}
 
     def forward(self, x: Tensor, forward_batch) -> Tensor:
         """x [T, H] -> [T, H], the residual stream before and after the layers."""
@@ -77,31 +79,35 @@ class GraphedLayers(nn.Module):
 
     def _in_one(self, rows: int, dtype: torch.dtype, forward_batch) -> bool:
         """All layers in one graph, if the backend's attention can be steps of it."""
-        backend, library, threads = get_attn_backend(), ik_library.library(), torch.get_num_threads()
-        if not hasattr(backend, "steps"):  # another backend than this package's for CPUs
+        attention = self._planned(rows, dtype, forward_batch)
+        if attention is None:
             return False
-        key = ("pass", self._serial, id(backend), rows, threads)
-        nodes = GRAPH_NODES * (len(self.layers) + 1)
-        graph, attention = library.graph(key, lambda: self._build_pass(backend, rows, dtype, threads), nodes)
-        if attention is None or not attention.plan(forward_batch):
-            return False
-        graph.run()
+        library, threads = ik_library.library(), torch.get_num_threads()
+        key = ("pass", self._serial, id(attention), threads)
+        library.graph(key, lambda: self._build_pass(attention, threads), GRAPH_NODES * (len(self.layers) + 1)).run()
         return True
 
-    def _build_pass(self, backend, rows: int, dtype: torch.dtype, threads: int):
-        """The graph, and the attention in it."""
-        layers, memory, steps = self._weights(), self._memory, Steps(ik_library.library())
-        attention = backend.steps([layer.attention.attn for layer in layers], rows, dtype)
-        if attention is None:
-            return None, None
+    def _planned(self, rows: int, dtype: torch.dtype, forward_batch) -> PagedSteps | None:
+        """Attention of all layers in the pass that the backend has planned."""
+        backend = get_attn_backend()
+        key = backend, rows, dtype
+        if key not in self._attention:
+            steps = getattr(backend, "steps", None)  # other backends than this package's for CPUs have none
+            modules = [layer.attention.attn for layer in self._weights()]
+            self._attention[key] = steps and steps(modules, rows, dtype)
+        attention = self._attention[key]
+        return attention if attention is not None and attention.plan(forward_batch) else None
+
+    def _build_pass(self, attention: PagedSteps, threads: int) -> Graph:
+        layers, memory, rows, steps = self._weights(), self._memory, attention.rows, Steps(ik_library.library())
         stream = memory.stream.of(steps, layers[0].output.shape[0], rows)
         for number in range(len(layers)):
-            stream = self._whole(steps, number, stream, attention, rows)
-        return steps.build([stream], memory.between, threads), attention
+            stream = self._whole(steps, number, stream, attention)
+        return steps.build([stream], memory.between, threads)
 
-    def _whole(self, steps: Steps, number: int, stream, attention, rows: int):
+    def _whole(self, steps: Steps, number: int, stream, attention: PagedSteps):
         """The residual stream after a layer, from the one before it."""
-        layer, memory = self._weights()[number], self._memory
+        layer, memory, rows = self._weights()[number], self._memory, attention.rows
         parts = begin(steps, layer, stream, memory, rows)
         attended = attention.add(steps, number, parts, memory.attended.address)
         steps.end_part(attended)  # gates and the stream have their places

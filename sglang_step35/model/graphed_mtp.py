@@ -14,36 +14,18 @@ from dataclasses import dataclass
 
 import torch
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
 
 from sglang_step35.attention.portable.paged_steps import PagedSteps
 from sglang_step35.model import single_rank
 from sglang_step35.model.graphed_layers import GraphedLayers
-from sglang_step35.model.layer_steps import ROWS, Layer, Memory, Place, begin, factors, matrices
-from sglang_step35.model.norm import RMSNorm
+from sglang_step35.model.layer_steps import ROWS, Layer, Memory, Norm, Place, begin, matrices
 from sglang_step35.model.product import is_packed
 from sglang_step35.model.shared_tables import SharedTables
 from sglang_step35.packed import ik_kernel, ik_library
 from sglang_step35.packed.ggml import GGMLTensor
 from sglang_step35.packed.ik_library import FLOAT, GRAPH_NODES, I32, Graph, set_strides
 from sglang_step35.packed.ik_steps import Steps
-
-
-@dataclass(frozen=True)
-class Norm:
-    """factors: [H] float32."""
-
-    factors: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: RMSNorm) -> "Norm":
-        return cls(factors(module), module.variance_epsilon)
-
-    def of_rows(self, steps: Steps, x):
-        """x [H, T] -> [H, T]."""
-        return steps.fused_rms_norm(x, steps.floats(self.factors, len(self.factors)), self.eps)
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,6 @@ class GraphedMTP(GraphedLayers):
     def refresh(self) -> None:
         super().refresh()
         self._around: list[Surroundings] = []
-        self._attention: dict[tuple, PagedSteps | None] = {}
 
     def _weights(self) -> list[Layer]:
         if self._read is None and super()._weights():
@@ -115,17 +96,6 @@ class GraphedMTP(GraphedLayers):
     def _faster(self, x: Tensor) -> bool:
         return all(layer.runs_single_rank for layer in self._mtp_layers) and super()._faster(x)
 
-    def _planned(self, rows: int, dtype: torch.dtype, forward_batch) -> PagedSteps | None:
-        """Attention of all layers in the pass that the backend has planned."""
-        backend = get_attn_backend()
-        key = id(backend), rows, dtype
-        if key not in self._attention:
-            steps = getattr(backend, "steps", None)  # other backends than this package's for CPUs have none
-            modules = [layer.attention.attn for layer in self._weights()]
-            self._attention[key] = steps and steps(modules, rows, dtype)
-        attention = self._attention[key]
-        return attention if attention is not None and attention.plan(forward_batch) else None
-
     def run(self, depth: int, tokens: Tensor, attention: PagedSteps, whole: bool = True) -> None:
         """A layer on the hidden states in memory, which it replaces; not whole: its keys and values alone."""
         library, threads = ik_library.library(), torch.get_num_threads()
@@ -139,7 +109,7 @@ class GraphedMTP(GraphedLayers):
         memory, rows = self._memory, attention.rows
         *halves, stream = self._input(steps, depth, rows)
         if whole:
-            out = self._whole(steps, depth, stream, attention, rows)
+            out = self._whole(steps, depth, stream, attention)
         else:
             _, *written = begin(steps, self._weights()[depth], stream, memory, rows)[:3]
             out = attention.store(steps, depth, *written, before=written)

@@ -27,6 +27,22 @@ RECORD = 2  # bytes at most of an activation in int8, with its share of what bel
 
 
 @dataclass(frozen=True)
+class Norm:
+    """factors: [n] float32, 1 + weight."""
+
+    factors: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: RMSNorm) -> "Norm":
+        return cls(module.weight.data.float() + 1, module.variance_epsilon)
+
+    def of_rows(self, steps: Steps, x):
+        """x [n, ..] -> the same shape."""
+        return steps.fused_rms_norm(x, steps.floats(self.factors, len(self.factors)), self.eps)
+
+
+@dataclass(frozen=True)
 class Feed:
     """A dense network or a shared expert."""
 
@@ -63,13 +79,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class Layer:
-    """What the graphs read of a layer. Norms as factors [n] float32."""
+    """What the graphs read of a layer."""
 
     module: DecoderLayer
-    attention_norm: Tensor
-    ffn_norm: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
+    attention_norm: Norm
+    ffn_norm: Norm
+    q_norm: Norm
+    k_norm: Norm
     qkv: tuple[GGMLTensor, ...]
     head_gate: GGMLTensor | None
     output: GGMLTensor
@@ -82,8 +98,8 @@ class Layer:
         heads = attention.qk_norm_rope
         return cls(
             module,
-            *(factors(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)),
-            *(factors(norm) for norm in (heads.q_norm, heads.k_norm)),
+            *(Norm.of(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)),
+            *(Norm.of(norm) for norm in (heads.q_norm, heads.k_norm)),
             matrices(attention.qkv_proj, heads.sizes),
             None if attention.g_proj is None else _plain(attention.g_proj.weight),
             *matrices(attention.o_proj),
@@ -152,14 +168,13 @@ class Memory:
 def begin(steps: Steps, layer: Layer, stream, memory: Memory, rows: int) -> list:
     """All that attention and the layer's end read: queries, keys and values, one after the other, and the gates."""
     module, rope = layer.attention, layer.attention.qk_norm_rope
-    x = steps.fused_rms_norm(stream, steps.floats(layer.attention_norm, *layer.attention_norm.shape), _eps(layer))
+    x = layer.attention_norm.of_rows(steps, stream)
     parts = [steps.product(x, part) for part in layer.qkv]
     turns = memory.turns[rope.rope].rows((rows, module.head_dim))
     outputs = []
     for part, norm in zip(parts[:2], (layer.q_norm, layer.k_norm), strict=True):
         heads = steps.reshape_3d(part, module.head_dim, part.contents.ne[0] // module.head_dim, rows)
-        normed = steps.fused_rms_norm(heads, steps.floats(norm, module.head_dim), _eps(layer))
-        outputs.append(steps.rotate(normed, turns, rope.rope.rotary_dim))
+        outputs.append(steps.rotate(norm.of_rows(steps, heads), turns, rope.rope.rotary_dim))
     outputs.append(parts[2])
     address = memory.qkv.address
     for output, size in zip(outputs, rope.sizes, strict=True):
@@ -180,7 +195,7 @@ def end(steps: Steps, layer: Layer, stream, attended, memory: Memory, rows: int)
         gates = steps.reshape_3d(memory.gates.of(steps, module.num_heads, rows), 1, module.num_heads, rows)
         attended = steps.reshape_2d(steps.fused_mul_unary(gates, heads, SIGMOID), size, rows)
     stream = _add(steps, stream, steps.product(attended, layer.output))
-    x = steps.fused_rms_norm(stream, steps.floats(layer.ffn_norm, *layer.ffn_norm.shape), _eps(layer))
+    x = layer.ffn_norm.of_rows(steps, stream)
     if layer.experts is not None:
         stream = _add(steps, stream, _routed(steps, layer, x, rows))
     feed = layer.feed
@@ -219,15 +234,6 @@ def bytes_between(layer: Layer) -> int:
         spec = layer.module.mlp.router.spec
         widths += 4 * spec.num_experts + spec.top_k * (hidden + 4 * spec.expert_size + 8)
     return (FLOAT + RECORD) * widths + 64 * 64
-
-
-def factors(norm: RMSNorm) -> Tensor:
-    """1 + weight, float32."""
-    return norm.weight.data.float() + 1
-
-
-def _eps(layer: Layer) -> float:
-    return layer.module.input_layernorm.variance_epsilon
 
 
 def _plain(weight: Tensor) -> GGMLTensor:

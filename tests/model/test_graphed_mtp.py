@@ -10,30 +10,19 @@ import torch
 from gguf import GGMLQuantizationType as Q
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from sglang_step35.attention.portable import paged_call
 from sglang_step35.model.graphed_mtp import GraphedPass
 from sglang_step35.model.mtp_pass import LayerPass
 from sglang_step35.packed import ik_check, ik_library
 from tests.packed.test_model import K_WIDE, SMALL, converted, k_mix
 from tests.support import model_host
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
-from tests.support.paged_host import PagedHost
+from tests.support.paged_host import PagedHost, prompts
 from tests.support.reference import load_reference
 
 TOLERANCE = 1e-4
 LAYERS = 3
 
 pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is not usable here")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("mtp"), CheckpointShape(residual=0.1))
-
-
-@pytest.fixture(scope="module")
-def reference(directory):
-    return load_reference(directory)
 
 
 class Server:
@@ -79,11 +68,6 @@ def of_directory(directory, reference, dtype=torch.float32, by_graphs: bool = Tr
     return Server(backbone, mtp, reference, dtype, by_graphs)
 
 
-def prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in lengths]
-
-
 def rounds(ids: list[list[int]]) -> list[list]:
     """Chunks, rows like those behind a verify step, and single ones, of several requests at a time."""
     a, b, c = ids
@@ -99,18 +83,11 @@ def close(found, expected) -> bool:
     return all((a - b).abs().max() < TOLERANCE for a, b in zip(found, expected, strict=False))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_against_the_reference(directory, reference, monkeypatch, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    monkeypatch.setattr(paged_call, "ALONE", 1)  # they share even small passes
-    try:
-        server = of_directory(directory, reference)
-        for spans in rounds(prompts(28, 14, 5)):
-            found = server.run(spans)
-            assert len(found) == LAYERS and close(found, server.expected(spans))
-    finally:
-        torch.set_num_threads(before)
+def test_against_the_reference(directory, reference, threads):
+    server = of_directory(directory, reference)
+    for spans in rounds(prompts(28, 14, 5)):
+        found = server.run(spans)
+        assert len(found) == LAYERS and close(found, server.expected(spans))
     assert server.ways == [GraphedPass] * 4
 
 

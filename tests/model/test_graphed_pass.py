@@ -8,28 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_step35.attention.portable import paged_call, paged_steps
+from sglang_step35.attention.portable import paged_steps
 from sglang_step35.model import graphed_layers
 from sglang_step35.packed import ik_check
 from tests.support import model_host
-from tests.support.checkpoints import CheckpointShape, make_checkpoint
-from tests.support.paged_host import SLOTS, PagedHost
-from tests.support.reference import load_reference
+from tests.support.paged_host import SLOTS, PagedHost, prompts
 
 TOLERANCE = 1e-4
 ROUNDED = 0.05  # relative, of hidden states in bfloat16
 
 pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is not usable here")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("pass"), CheckpointShape(residual=0.1))
-
-
-@pytest.fixture(scope="module")
-def reference(directory):
-    return load_reference(directory)
 
 
 class Server:
@@ -52,11 +40,6 @@ class Server:
             return self.model(batch.input_ids, batch.positions, batch).hidden_states.float()
 
 
-def prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in lengths]
-
-
 def rounds(ids: list[list[int]]) -> list[list]:
     """Chunks of up to 16 rows, rows like those of a verify step, and single ones, of several requests at a time."""
     a, b, c = ids
@@ -66,16 +49,6 @@ def rounds(ids: list[list[int]]) -> list[list]:
         [(2, c, 0, 1), (0, a, 20, 24), (1, b, 9, 10)],
         [(request, own, len(own) - 1, len(own)) for request, own in ((2, c), (1, b), (0, a))],
     ]
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request, monkeypatch):
-    """So many of them share even small passes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(paged_call, "ALONE", 1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_against_the_reference(directory, reference, threads):
@@ -119,9 +92,7 @@ def test_as_layer_by_layer(directory, reference, dtype):
 def test_one_graph_for_all_passes_of_as_many_rows(directory, monkeypatch):
     server, ids = Server(directory), prompts(12, 12, 12)
     built, build = [], graphed_layers.GraphedLayers._build_pass
-    monkeypatch.setattr(
-        graphed_layers.GraphedLayers, "_build_pass", lambda *operands: built.append(operands[2]) or build(*operands)
-    )
+    monkeypatch.setattr(graphed_layers.GraphedLayers, "_build_pass", lambda *of: built.append(of[1].rows) or build(*of))
     for first in range(0, 9, 3):
         server.run([(request, own, first, first + 3) for request, own in enumerate(ids)])
     server.run([(0, ids[0], 9, 11)])

@@ -65,3 +65,9 @@ class PagedHost:
     def written(self) -> list[torch.Tensor]:
         """Keys and values of every layer."""
         return [part for layer in range(len(self.layers)) for part in self.pool.get_kv_buffer(layer)]
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random ids, the same for the same lengths."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in lengths]
