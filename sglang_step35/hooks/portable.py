@@ -5,6 +5,7 @@ from sglang_step35.hooks.hook import Hook
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_METRICS = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 _SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 
 
@@ -19,6 +20,7 @@ def portable_hooks() -> list[Hook]:
     from sglang_step35.platform.seeds import filter_min_p, hash32, keep_seeds
     from sglang_step35.platform.slots import assign_req_to_token
     from sglang_step35.platform.widths import keep_widths
+    from sglang_step35.speculative.metrics import update_spec_metrics
 
     triton = "stock launches a Triton kernel and asks no platform"
     method = "platforms have a method for it"
@@ -45,6 +47,13 @@ def portable_hooks() -> list[Hook]:
             filter_min_p,
             why="min-p with a seed ends the server by an assertion",
             until="the seeded sampler takes min-p",
+        ),
+        Hook(
+            f"{_METRICS}.update_spec_metrics",
+            "around",
+            update_spec_metrics,
+            why="a round without drafts may take several plain steps, which would look like accepted drafts",
+            until="SGLang takes a round's num_non_draft_tokens_per_req for as many steps",
         ),
         Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32, why=triton, until=method),
         Hook(

@@ -14,6 +14,8 @@ from sglang_step35.speculative.entry_cost import EntryCost
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.settings import MTPSettings
 
+_UNNOTICED = 0.1  # seconds that a token or a new request may wait for tokens of the same round
+
 
 def depth_limit(req) -> int:
     """Drafts a round that a request allows at most: `custom_params` {"speculative_depth": n}, checked on admission."""
@@ -50,35 +52,41 @@ class DepthPlanner:
         self.rests = False  # the last round planned no drafts for the next
         self._entry = EntryCost()
         self.calibration = Calibration()
-        self._pending: deque[tuple[list[int], list[int], list[list[float]]]] = deque()
-        self._last: tuple[float, frozenset, tuple[int, bool]] | None = None
+        self._pending: deque[tuple[list[int], list[int], list[list[float]], int]] = deque()
+        self._last: tuple[float, frozenset, tuple[int, bool], int] | None = None
 
     def begin_round(
-        self, rids: tuple[str, ...], drafted: list[int], offered: list[int], confidences: list[list[float]]
+        self,
+        rids: tuple[str, ...],
+        drafted: list[int],
+        offered: list[int],
+        confidences: list[list[float]],
+        steps: int = 1,
     ) -> None:
         """Note the start of a round that verifies offered[b] drafts of each request, drafted[b] of them MTP layers'.
 
-        confidences[b]: the layers' probabilities of theirs; empty where they are unknown.
+        confidences[b]: the layers' probabilities of theirs; empty where they are unknown. steps: of the target, more
+        than one only without drafts.
 
         The time from one round's start to the next is what a round costs, scheduling included,
         unless requests joined, whose prefill it would include.
         """
         if rids:  # idle batches are not reported back
-            self._pending.append((drafted, offered, confidences))
+            self._pending.append((drafted, offered, confidences, steps))
         if not self._measures:
             return
         now, depth, wide = self._clock(), max(drafted, default=0), offered != drafted
         if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == (depth, wide):
-            self._observe_round(len(self._last[1]), depth, now - self._last[0], wide)
-        self._last = (now, frozenset(rids), (depth, wide))
+            self._observe_round(len(self._last[1]), depth, (now - self._last[0]) / self._last[3], wide)
+        self._last = (now, frozenset(rids), (depth, wide), steps)
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
         """Accepted drafts of each request of the oldest round not yet reported.
 
         Returns that round's drafts by position: those verification reached, those it accepted.
         """
-        drafted, offered, confidences = self._pending.popleft()
-        self._entry.add_tokens(sum(accepted) + len(accepted))
+        drafted, offered, confidences, steps = self._pending.popleft()
+        self._entry.add_tokens(sum(accepted) + len(accepted) * steps)
         if not any(offered):
             none = [0] * (self.settings.num_draft_tokens - 1)
             return none, none
@@ -112,6 +120,13 @@ class DepthPlanner:
         depth = controller.next_depth()
         self.rests = depth == 0
         return depth
+
+    def plain_steps(self, batch_size: int, most: int) -> int:
+        """Plain steps of a round without drafts, up to `most`: as many as nobody waits for."""
+        if most == 1 or not self.settings.adaptive:
+            return 1
+        seconds = self._controller(batch_size).cost[0]
+        return min(most, max(1, int(_UNNOTICED / seconds))) if seconds else 1
 
     def look_ups_pay(self, drafted: list[int], tokens: float) -> bool:
         """Whether the round verifies looked-up drafts that should add `tokens` to each request, their mean."""

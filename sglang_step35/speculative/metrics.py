@@ -70,3 +70,19 @@ class CauseMetrics:
     def set_alarm(self, cause: str, collapsed: bool) -> None:
         """Whether an episode lasts."""
         self._alarm[cause].set(collapsed)
+
+
+def count_plain_steps(reqs: Sequence, steps: int) -> None:
+    """A round takes so many plain steps of these requests: SGLang counts one, and tokens a step are accept lengths."""
+    for req in reqs:
+        req.spec_verify_ct += steps - 1
+        for _ in range(steps - 1):
+            req.update_spec_correct_drafts_histogram(0)
+
+
+def update_spec_metrics(stock, reporter, bs: int, num_correct_drafts: int, num_accept_tokens: int, **more) -> None:
+    """around SchedulerMetricsReporter.update_spec_metrics: accept lengths are tokens a step, not a round.
+
+    bs: a round's requests, which SGLang takes for their steps. Every step adds one token that is no draft.
+    """
+    stock(reporter, num_accept_tokens - num_correct_drafts, num_correct_drafts, num_accept_tokens, **more)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sglang_step35.speculative.acceptance import accept_greedy, accept_sampled
 from sglang_step35.speculative.device import chain_verify_input, greedy_choice
 from sglang_step35.speculative.host_copy import to_device
-from sglang_step35.speculative.penalties import PenaltyRule, penalise
+from sglang_step35.speculative.penalties import PenaltyRule, count_accepted, penalise
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
 from sglang_step35.speculative.spans import VERIFY, spanned
@@ -65,6 +65,7 @@ class TargetVerifier:
         if grammar_tree is not None:
             self._mask_grammar(batch, logits_output, grammar_tree, grammar_barrier)
         tokens, accept_lens = self._judge(batch, logits_output, chain, proposal)
+        count_accepted(self.counts, batch.reqs, tokens, accept_lens)
         result = _result(batch, tokens, accept_lens, output, can_run_graph, forward_batch)
         return VerifyOutcome(tokens, accept_lens, logits_output.hidden_states, result)
 

@@ -10,7 +10,6 @@ A round of a request with m committed positions and the bonus token x_m:
 
 from functools import cached_property
 
-import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import attention_backends, get_parallel, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftMode, HiCacheDraftPlan
@@ -18,21 +17,22 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from torch import Tensor
 
 from sglang_step35.hicache.layer_pools import check_plan, layer_pools
-from sglang_step35.speculative.acceptance import NO_DRAFT, propose_surely
+from sglang_step35.speculative.acceptance import propose_surely
 from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner, depth_limit
 from sglang_step35.speculative.device import (
     capture_narrow_steps,
     keeps_states_by_slot,
     round_clock,
-    verify_width,
 )
 from sglang_step35.speculative.draft import MTPDraftWorker
 from sglang_step35.speculative.draft_sampler import DraftSampler
-from sglang_step35.speculative.grammar import cut_forbidden, drafting_what_is_allowed
+from sglang_step35.speculative.grammar import drafting_what_is_allowed
 from sglang_step35.speculative.host_copy import host_reads_are_free, to_device
-from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters
-from sglang_step35.speculative.penalties import count_accepted, count_first_tokens
+from sglang_step35.speculative.metrics import CauseMetrics, DraftCounters, count_plain_steps
+from sglang_step35.speculative.offer import Offer, Offers
+from sglang_step35.speculative.penalties import count_first_tokens
+from sglang_step35.speculative.plain_steps import most_steps, run_steps
 from sglang_step35.speculative.prefill import Chunks
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.ring_upkeep import RingUpkeep
@@ -41,7 +41,7 @@ from sglang_step35.speculative.settings import MTPSettings, check_attention_back
 from sglang_step35.speculative.slot_upkeep import SlotUpkeep
 from sglang_step35.speculative.spans import PREFILL, ROUND, of_width, spanned
 from sglang_step35.speculative.state import RequestStore
-from sglang_step35.speculative.verify import TargetVerifier
+from sglang_step35.speculative.verify import TargetVerifier, VerifyOutcome
 from sglang_step35.speculative.verify_graphs import NarrowSteps
 from sglang_step35.speculative.watchdog import CAUSES, Watchdog
 from sglang_step35.speculative.window import CatchUp, Verified
@@ -180,25 +180,19 @@ class Step35SpecWorker(BaseSpecWorker):
         draft_input = batch.spec_info or self._idle_input()
         pool_idx = [req.kv.req_pool_idx for req in batch.reqs]
         self.store.begin_round(pool_idx)
-        drafted, offered, drafts = self._offer(batch, pool_idx, draft_input.topk_index)
+        offer = Offers(self.settings, self.store, self.depths, self.narrow).of(batch, pool_idx, draft_input.topk_index)
+        steps = 1
+        if not any(offer.counts):
+            steps = self.depths.plain_steps(len(pool_idx), most_steps(batch, self.settings.num_draft_tokens))
         rids = tuple(req.rid for req in batch.reqs)
-        self.depths.begin_round(rids, drafted, offered, self.store.drafts.confidences(pool_idx))
+        self.depths.begin_round(rids, offer.drafted, offer.counts, self.store.drafts.confidences(pool_idx), steps)
         if self.watchdog is not None:
-            self.watchdog.begin_round(batch.reqs, drafted)
-        width = self._verify_width(offered, batch.seq_lens.device)
-        bonus = draft_input.bonus_tokens.long()
-        chain = torch.cat([bonus[:, None], drafts[:, : width - 1]], dim=1) if width > 1 else bonus[:, None]
-        proposal = None
-        if not batch.sampling_info.is_all_greedy:  # [B, N - 1, V] are copied here
-            proposal = self.store.probs.get(pool_idx, width - 1)
-            if offered != drafted:
-                propose_surely(proposal, chain[:, 1:], *to_device(drafted, device=chain.device))
+            self.watchdog.begin_round(batch.reqs, offer.drafted)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)
-        with self.narrow.serving(width), of_width(width):
-            outcome = self.verifier.run(batch, chain, proposal, grammar_barrier)
+        with self.narrow.serving(offer.width), of_width(offer.width):
+            outcome = self._verify(batch, pool_idx, offer, draft_input.bonus_tokens.long(), steps, grammar_barrier)
         if on_publish is not None:
             on_publish(outcome.result.new_seq_lens)
-        count_accepted(self.store.counts, batch.reqs, outcome.tokens, outcome.accept_lens)
         verified = Verified(
             requests=batch.req_pool_indices,
             seq_lens=seq_lens,
@@ -209,45 +203,25 @@ class Step35SpecWorker(BaseSpecWorker):
         )
         sampler = self._draft(batch, pool_idx, verified, outcome.result.new_seq_lens)
         bonus = outcome.tokens
-        if width > 1:
+        if bonus.shape[1] > 1:
             bonus = bonus.gather(1, (outcome.accept_lens - 1)[:, None])
         outcome.result.next_draft_input = sampler.draft_input(bonus.squeeze(1))
         if self.settings.look_ups:
             self.store.texts.add(pool_idx, outcome.tokens.tolist(), outcome.accept_lens.tolist())
         return outcome.result
 
-    def _verify_width(self, offered: list[int], device: torch.device) -> int:
-        """Chain tokens of a verify step for offered[b] drafts of each request."""
-        needed = 1 + max(offered, default=self.settings.num_draft_tokens - 1)
-        return verify_width(needed, self.narrow, device)
-
-    def _offer(self, batch, pool_idx: list[int], drafts: Tensor) -> tuple[list[int], list[int], Tensor]:
-        """For each request, the MTP layers' drafts it verifies, all that it verifies, and these: [B, S] or [B, N - 1].
-
-        drafts: [B, S], the MTP layers'.
-        """
-        counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, batch.reqs))
-        drafted = list(map(min, counts, limits))
-        if drafted != counts:
-            (kept,) = to_device(drafted, device=drafts.device)
-            columns = torch.arange(drafts.shape[1], device=drafts.device)
-            drafts = drafts.masked_fill(columns >= kept[:, None], NO_DRAFT)
-        if not self.settings.look_ups:
-            return drafted, drafted, drafts
-        longest = self.settings.num_draft_tokens - 1
-        chains = [chain[:count] for chain, count in zip(drafts.tolist(), drafted, strict=True)]
-        may_go_on = zip(chains, limits, strict=True)
-        found, tokens = self.store.texts.find(pool_idx, [c if limit >= longest else None for c, limit in may_go_on])
-        if host_reads_are_free(drafts.device):
-            found = cut_forbidden(batch, chains, found)
-        more = [chain + added for chain, added in zip(chains, found, strict=True)]
-        widths = (self._verify_width(list(map(len, offer)), drafts.device) for offer in (chains, more))
-        free = len(set(widths)) == 1
-        if any(found) and (free or self.depths.look_ups_pay(drafted, tokens)):
-            chains = more
-        rows = [chain + [NO_DRAFT] * (longest - len(chain)) for chain in chains]
-        (flat,) = to_device([token for row in rows for token in row], device=drafts.device)
-        return drafted, list(map(len, chains)), flat.view(-1, longest)
+    def _verify(self, batch, pool_idx: list[int], offer: Offer, bonus: Tensor, steps: int, barrier) -> VerifyOutcome:
+        """The target's part of a round: one verify step of the bonus tokens [B] and what is offered, or plain steps."""
+        if steps > 1:
+            count_plain_steps(batch.reqs, steps)
+            return run_steps(self.verifier, batch, bonus, steps)
+        chain = offer.chain(bonus)
+        proposal = None
+        if not batch.sampling_info.is_all_greedy:  # [B, N - 1, V] are copied here
+            proposal = self.store.probs.get(pool_idx, offer.width - 1)
+            if offer.counts != offer.drafted:
+                propose_surely(proposal, chain[:, 1:], *to_device(offer.drafted, device=chain.device))
+        return self.verifier.run(batch, chain, proposal, barrier)
 
     def _draft(self, batch, pool_idx: list[int], verified: Verified, positions: Tensor) -> DraftSampler:
         """Bring the MTP layers up to the committed length, positions [B], and draft the next chain."""

@@ -8,14 +8,15 @@ ROWS = (
         has(
             "ScheduleBatch",
             "batch_size decoding_reqs extend_lens extend_num_tokens forward_mode has_grammar "
-            "input_ids is_extend_in_batch out_cache_loc prefix_lens req_pool_indices reqs "
+            "input_ids is_extend_in_batch out_cache_loc prefix_lens req_pool_indices reqs return_hidden_states "
             "return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum spec_info tree_cache",
         ),
         has(
             "Req",
             "cached_tokens cached_tokens_host cached_tokens_storage custom_logit_processor customized_info "
             "eos_token_ids full_untruncated_fill_ids grammar kv origin_input_ids output_ids retraction_count rid "
-            "sampling_params set_finish_with_abort to_finish tokenizer",
+            "sampling_params set_finish_with_abort spec_verify_ct to_finish tokenizer "
+            "update_spec_correct_drafts_histogram",
         ),
         has("ReqKvInfo", "cache_protected_len req_pool_idx"),
     ),
@@ -33,7 +34,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.sampling.sampling_params",
-        has("SamplingParams", "custom_params min_new_tokens sampling_seed stop_token_ids top_k"),
+        has("SamplingParams", "custom_params max_new_tokens min_new_tokens sampling_seed stop_token_ids top_k"),
     ),
     *module(
         "sglang.srt.model_executor.model_runner",

@@ -94,7 +94,15 @@ ROWS = (
         has(
             "GenerationBatchResult",
             "logits_output next_token_ids can_run_cuda_graph speculative_num_draft_tokens accept_lens "
-            "accept_index new_seq_lens next_draft_input extra_keep_alive_refs",
+            "accept_index new_seq_lens next_draft_input extra_keep_alive_refs num_non_draft_tokens_per_req",
+        ),
+    ),
+    *module(
+        "sglang.srt.managers.scheduler_components.metrics_reporter",
+        takes(
+            "SchedulerMetricsReporter.update_spec_metrics",
+            "self bs num_correct_drafts num_accept_tokens num_block_accept_tokens num_cap_tokens",
+            hooked=True,
         ),
     ),
     *module(

@@ -13,7 +13,7 @@ from tests.support.worker_host import LENGTH, Host, Witness, make_worker
 
 
 class RandomDepths(Witness):
-    """Any depth in any round, passes that stop at any layer, and look-ups or none."""
+    """Any depth in any round, passes that stop at any layer, any number of plain steps, and look-ups or none."""
 
     def __init__(self, settings, seed):
         super().__init__(settings)
@@ -21,6 +21,9 @@ class RandomDepths(Witness):
 
     def next_depth(self, batch_size, owed=0.0):
         return self.chance.choice([0, 0, *range(self.settings.num_steps + 1)])
+
+    def plain_steps(self, batch_size, most):
+        return self.chance.randint(1, most)
 
     def look_ups_pay(self, drafted, tokens):
         return self.chance.random() < 0.8

@@ -1,5 +1,6 @@
 """Requests, sampling settings and the plain decoding they are held to, for tests of the worker without a server."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ class ToyRequest:
     pool_idx: int
     penalty: tuple[float, float, float] = NO_PENALTY  # frequency, presence, repetition
     min_new_tokens: int = 0
+    max_new_tokens: int = 1000
     limit: int | None = None  # drafts a round it allows
     temperature: float = 0.0
     seed: int = 0
@@ -30,6 +32,8 @@ class ToyRequest:
     drafts: list[int] = field(default_factory=list)  # checked against the definition
     proposals: list[Tensor] = field(default_factory=list)  # distributions they were drawn from
     relay: tuple[Tensor, Tensor] | None = None  # topk_index [S] and the bonus token, as the scheduler relays them
+    spec_verify_ct: int = 0
+    histogram: Counter = field(default_factory=Counter)  # rounds by accepted drafts
     cached_tokens = cached_tokens_host = cached_tokens_storage = retraction_count = 0
     eos_token_ids = tuple(STOPS)
     tokenizer = None
@@ -47,10 +51,14 @@ class ToyRequest:
             presence_penalty=presence,
             repetition_penalty=repetition,
             min_new_tokens=self.min_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             stop_token_ids=None,
             top_k=-1 if self.temperature else 1,
             custom_params=None if self.limit is None else {"speculative_depth": self.limit},
         )
+
+    def update_spec_correct_drafts_histogram(self, num_correct_drafts: int) -> None:
+        self.histogram[num_correct_drafts] += 1
 
     @property
     def tokens(self) -> list[int]:

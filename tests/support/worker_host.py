@@ -13,7 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative import eagle_info
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
-from sglang_step35.speculative import device, draft, ring_upkeep, verify, worker
+from sglang_step35.speculative import device, draft, offer, ring_upkeep, verify, worker
 from sglang_step35.speculative.acceptance import NO_DRAFT
 from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner
@@ -37,8 +37,8 @@ class Witness(DepthPlanner):
         super().__init__(settings, lambda batch: Foretold([1.0] * (settings.num_steps + 1)))
         self.needed = []
 
-    def begin_round(self, rids, drafted, offered, confidences):
-        super().begin_round(rids, drafted, offered, confidences)
+    def begin_round(self, rids, drafted, offered, confidences, steps=1):
+        super().begin_round(rids, drafted, offered, confidences, steps)
         self.offered, self.wide = offered, offered != drafted
         self.needed.append(1 + max(offered))
 
@@ -157,7 +157,8 @@ def make_worker(
     monkeypatch.setattr(device, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
     if full_width:
         monkeypatch.setattr(draft, "writes_kv_alone", lambda runner: False)
-        monkeypatch.setattr(worker, "verify_width", lambda needed, narrow, device: narrow.width(needed))
+        monkeypatch.setattr(worker, "most_steps", lambda batch, reserved: 1)
+        monkeypatch.setattr(offer, "verify_width", lambda needed, narrow, device: narrow.width(needed))
         monkeypatch.setattr(ring_upkeep, "window_width", lambda verified, widest, device: widest)
         monkeypatch.setattr(ring_upkeep, "pass_rows", lambda needed, captured, device: max(needed, captured))
     if states:
@@ -189,6 +190,7 @@ class Host:
         self.cached: list[tuple[list[int], list[int]]] = []  # tokens whose rows are final, and their slots
         self.accepted: list[int] = []
         self.offered: list[int] = []
+        self.steps_taken: list[int] = []
         self.count = 0
         # What a request's chain goes on with where the round is a wide one; as the rule of look-ups says.
         self.looked_up = lambda request, count: continuation(request.tokens, request.drafts, count)
@@ -296,15 +298,19 @@ class Host:
         result = self.worker.forward_batch_generation(batch, on_publish=published.append)
         self._offer(requests)
         assert len(published) == 1 and published[0] is result.new_seq_lens
-        width = result.speculative_num_draft_tokens
+        width, steps = result.speculative_num_draft_tokens, result.num_non_draft_tokens_per_req
         tokens = result.next_token_ids.view(len(requests), width).tolist()
+        self.steps_taken += [steps] * len(requests)
         for b, (request, row, length) in enumerate(zip(requests, tokens, result.accept_lens.tolist(), strict=True)):
-            assert row[:length] == request.expected_round(), (request.rid, row, length)
-            request.output_ids += row[:length]
+            for run in [*([token] for token in row[: steps - 1]), row[steps - 1 : length]]:
+                assert run == request.expected_round(), (request.rid, row, length)
+                request.output_ids += run
             request.filled += length
+            request.spec_verify_ct += 1
+            request.update_spec_correct_drafts_histogram(length - steps)
             assert request.filled == int(result.new_seq_lens[b])
             self._check_drafts(request, result.next_draft_input, b)
-        self.accepted += [n - 1 for n in result.accept_lens.tolist()]
+        self.accepted += [n - steps for n in result.accept_lens.tolist()]
         if requests:
             self.worker.on_verify_complete_cpu(self.accepted[-len(requests) :])
 
@@ -338,6 +344,7 @@ class Host:
             decoding_reqs=None,
             has_grammar=False,
             return_logprob=False,
+            return_hidden_states=False,
             tree_cache=self.sliding,
         )
 
