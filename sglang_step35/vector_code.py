@@ -8,7 +8,7 @@ from functools import cache
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-FLOAT, INT64, INT32, INT16 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16)
+FLOAT, INT64, INT32, INT16, INT8 = ir.FloatType(), *(ir.IntType(bits) for bits in (64, 32, 16, 8))
 BYTE = ir.IntType(8).as_pointer()
 
 
@@ -53,6 +53,10 @@ class Code:
     def integer(self, address):
         return self.builder.load(self.at(INT64, address))
 
+    def number(self, address):
+        """One float32."""
+        return self.builder.load(self.at(FLOAT, address), align=4)
+
     def load(self, address, count: int | None = None):
         return self.builder.load(self.at(vector(FLOAT, count), address), align=4)
 
@@ -68,6 +72,14 @@ class Code:
         function = ir.FunctionType(kind, [to, INT32, mask.type, kind])
         function = cgutils.get_or_insert_function(self.builder.module, function, name)
         return self.builder.call(function, [self.at(kind, address), INT32(2), mask, ir.Constant(kind, [0] * count)])
+
+    def float8(self, address, count: int):
+        """float32 numbers of e4m3 ones there, / 256: as float16 the same bits have an exponent that is 8 less."""
+        signed = self.builder.load(self.at(vector(INT8, count), address), align=1)
+        wide = self.builder.sext(signed, vector(INT16, count))  # the sign is in bit 8, too
+        bits = self.builder.shl(wide, ir.Constant(wide.type, [7] * count))
+        bits = self.builder.and_(bits, ir.Constant(wide.type, [0xBF80] * count))
+        return self.builder.fpext(self.builder.bitcast(bits, vector(ir.HalfType(), count)), vector(FLOAT, count))
 
     def widen(self, halves):
         """float32 numbers of their upper halves."""
@@ -86,6 +98,14 @@ class Code:
     def _upper(self, words):
         bits = self.builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
         return self.builder.bitcast(bits, vector(FLOAT, words.type.count))
+
+    def narrow(self, floats):
+        """Rounded to bfloat16; needs `multiplies_pairs()`."""
+        count = floats.type.count
+        return self.builder.bitcast(self.builder.fptrunc(floats, vector(_BFLOAT, count)), vector(INT16, count))
+
+    def store_halves(self, halves, address) -> None:
+        self.builder.store(halves, self.at(halves.type, address), align=2)
 
     def store(self, value, address) -> None:
         self.builder.store(value, self.at(value.type, address), align=4)

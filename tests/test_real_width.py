@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from scripts.benchmarks.real_width import checkpoint, clients, drafted, report, traffic
 from scripts.benchmarks.real_width.__main__ import megabytes, prompts
-from scripts.benchmarks.real_width.cells import MODES, Cell, Results, cells, chosen, extras
+from scripts.benchmarks.real_width.cells import FORMATS, MODES, Cell, Results, cells, chosen, extras
 from scripts.benchmarks.real_width.files import written
 from sglang_step35.bench.servers import Server
 from tests.support import model_host
@@ -132,11 +132,11 @@ def test_bytes_of_a_token():
 def test_pieces_can_be_run_one_by_one():
     names = [cell.name for cell in cells(llama=True)] + extras()
     assert len(set(names)) == len(names)
-    for form in ("bf16", "Q8_0", "Q4_0"):
+    for form in FORMATS:
         for mode in MODES:
             assert sum(chosen(name, [f"ours/{form}/{mode}"]) for name in names) == 6
     assert [name for name in names if chosen(name, ["ours/*/off/c1/p512"])] == [
-        f"ours/{form}/off/c1/p512" for form in ("bf16", "Q8_0", "Q4_0")
+        f"ours/{form}/off/c1/p512" for form in FORMATS
     ]
     assert not [name for name in names if chosen(name, ["ours/bf16/of"])]
     assert all(chosen(name, None) for name in names)

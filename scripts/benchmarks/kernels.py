@@ -19,13 +19,14 @@ import torch
 
 from sglang_step35 import huge_pages
 from sglang_step35.packed import ik_check, ik_kernel, plain
+from sglang_step35.packed.blocks import BlockTensor
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
 from sglang_step35.packed.grouped import CODES, GroupedTensor
 from sglang_step35.packed.prepare import prepared
 from sglang_step35.packed.tensor import PackedTensor
 
 HIDDEN, ROWS, SIZE, EXPERTS, TOP_K = 4096, 2560, 1280, 32, 8
-FORMATS = ("BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "INT4")
+FORMATS = ("BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "INT4", "FP8")
 READ_BYTES = 1 << 28  # of a sum, whose speed is the read bandwidth
 
 
@@ -132,6 +133,10 @@ def weights(name: str, *shape: int) -> PackedTensor:
     if name == "INT4":
         codes = torch.randint(0, 256, (*leading, columns // 2), dtype=torch.uint8)
         return GroupedTensor(CODES[name], codes, torch.full((*leading, columns // 128), 0.01, dtype=torch.bfloat16))
+    if name == "FP8":
+        values = torch.randn(shape).mul_(60).to(torch.float8_e4m3fn)
+        scales = torch.full((*leading[:-1], leading[-1] // 128, columns // 128), 0.01)
+        return BlockTensor(values, scales, (128, 128))
     kind = TYPES[name]
     data = torch.randint(0, 256, (*leading, columns // kind.block, kind.size), dtype=torch.uint8)
     scale = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)

@@ -5,39 +5,29 @@ Letters: T tokens, k chosen experts of a token, E experts, H hidden size, I inte
 """
 
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from sglang_step35.packed import ik_library, ik_rows
-from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, FLOAT, I32, Graph, Library, place, set_strides
+from sglang_step35.packed.ik_library import F32, FLOAT, I32, Graph, Library, set_strides
+from sglang_step35.packed.ik_weights import Readable, kind_of, operand, place, reads
 from sglang_step35.packed.tensor import PackedTensor
 
 # Tokens of one expert call: between gate/up and down it keeps k (I + H) floats of each, 90 MB for the published widths.
 EXPERT_TOKENS = 512
-# The library's Q4_1 leaves the columns after the last whole 128 out of the sum, from 32 rows on.
-Q4_1, Q4_1_COLUMNS = 3, 128
-
-
-def reads(part: PackedTensor) -> TypeGuard[GGMLTensor]:
-    """Whether the library multiplies by this matrix, or stack of matrices, where it lies."""
-    if not isinstance(part, GGMLTensor) or part.data.stride(-1) != 1:
-        return False
-    return part.type.number != Q4_1 or part.shape[-1] % Q4_1_COLUMNS == 0
 
 
 def reads_experts(gate: PackedTensor, up: PackedTensor, down: PackedTensor) -> bool:
     """Whether the library runs these experts; gate and up must be of one type."""
-    return reads(gate) and reads(up) and reads(down) and gate.type is up.type
+    return reads(gate) and reads(up) and reads(down) and kind_of(gate) == kind_of(up)
 
 
-def linear(x: Tensor, parts: Sequence[GGMLTensor]) -> Tensor:
+def linear(x: Tensor, parts: Sequence[Readable]) -> Tensor:
     """See `kernel.linear`; every part must be one that `reads` accepts."""
     library, threads = ik_library.library(), torch.get_num_threads()
     tokens, columns = x.shape
-    kinds = tuple((part.type.number, part.shape[0]) for part in parts)
+    kinds = tuple((kind_of(part), part.shape[0]) for part in parts)
     out = torch.empty(tokens, sum(rows for _, rows in kinds), dtype=torch.float32)
     if tokens == 0:
         return out.to(x.dtype)
@@ -49,9 +39,9 @@ def linear(x: Tensor, parts: Sequence[GGMLTensor]) -> Tensor:
 
 def experts(
     x: Tensor,
-    gate: GGMLTensor,
-    up: GGMLTensor,
-    down: GGMLTensor,
+    gate: Readable,
+    up: Readable,
+    down: Readable,
     weights: Tensor,
     ids: Tensor,
     limit: float | None,
@@ -63,7 +53,7 @@ def experts(
     for start in range(0, len(x), EXPERT_TOKENS):
         cut = slice(start, start + EXPERT_TOKENS)
         shape = (*numbers[cut].shape, *down.shape)  # T, k, E, H, I
-        key = ("experts", shape, gate.type.number, down.type.number, limit, threads)
+        key = ("experts", shape, kind_of(gate), kind_of(down), limit, threads)
         run = library.graph(key, lambda: _Experts(library, *key[1:]))  # noqa: B023
         run.run(wide[cut], gate, up, down, weights[cut], numbers[cut], out[cut])
     return out.to(x.dtype)
@@ -74,7 +64,7 @@ class _Linear:
 
     def __init__(self, library: Library, tokens: int, columns: int, kinds: tuple, threads: int):
         x = library.tensor(F32, columns, tokens)
-        weights = [library.tensor(kind, columns, rows) for kind, rows in kinds]
+        weights = [operand(library, kind, columns, rows) for kind, rows in kinds]
         outputs = [ik_rows.product(library, weight, x) for weight in weights]
         row = FLOAT * sum(rows for _, rows in kinds)
         for output in outputs:
@@ -83,11 +73,11 @@ class _Linear:
         self.x, self.weights = x.contents, [weight.contents for weight in weights]
         self.outputs = [output.contents for output in outputs]
 
-    def run(self, x: Tensor, parts: Sequence[GGMLTensor], out: Tensor) -> None:
+    def run(self, x: Tensor, parts: Sequence[Readable], out: Tensor) -> None:
         self.x.data = x.data_ptr()
         address = out.data_ptr()
         for weight, output, part in zip(self.weights, self.outputs, parts, strict=True):
-            place(weight, part.data)
+            place(weight, part)
             output.data = address
             address += FLOAT * part.shape[0]
         self.graph.run()
@@ -98,28 +88,27 @@ class _Experts:
 
     def __init__(self, library: Library, shape: tuple, kind: int, down_kind: int, limit: float | None, threads: int):
         tokens, top_k, experts, hidden, size = shape
-        gate, up = (library.tensor(kind, hidden, size, experts) for _ in range(2))
-        down = library.tensor(down_kind, size, hidden, experts)
+        gate, up = (operand(library, kind, hidden, size, experts) for _ in range(2))
+        down = operand(library, down_kind, size, hidden, experts)
         x = library.tensor(F32, hidden, 1, tokens)
         ids, weights = library.tensor(I32, top_k, tokens), library.tensor(F32, 1, top_k, tokens)
         inner = ik_rows.expert_gated(library, gate, up, x, ids, limit)
         rows = ik_rows.expert_product(library, down, inner, ids)
         out = library.ggml_mul_multi_add(library.arena, rows, weights)
         self.graph = Graph(library, (out,), threads)
-        self.operands = [tensor.contents for tensor in (x, gate, up, down, weights, ids, out)]
+        self.operands = [tensor.contents for tensor in (x, weights, ids, out)]
+        self.parts = [tensor.contents for tensor in (gate, up, down)]
         self.between = [tensor.contents for tensor in (inner, rows)]
         self.sizes = [FLOAT * tokens * top_k * width for width in (size, hidden)]
         self.library = library
 
     def run(
-        self, x: Tensor, gate: GGMLTensor, up: GGMLTensor, down: GGMLTensor, weights: Tensor, ids: Tensor, out: Tensor
+        self, x: Tensor, gate: Readable, up: Readable, down: Readable, weights: Tensor, ids: Tensor, out: Tensor
     ) -> None:
-        tensors = (x, gate.data, up.data, down.data, weights, ids, out)
-        for operand, tensor in zip(self.operands, tensors, strict=True):
-            if tensor.dtype is torch.uint8:
-                place(operand, tensor)
-            else:
-                operand.data = tensor.data_ptr()
+        for tensor, part in zip(self.parts, (gate, up, down), strict=True):
+            place(tensor, part)
+        for place_of, tensor in zip(self.operands, (x, weights, ids, out), strict=True):
+            place_of.data = tensor.data_ptr()
         address = self.library.rows.address(sum(self.sizes))
         for tensor, size in zip(self.between, self.sizes, strict=True):
             tensor.data, address = address, address + size

@@ -120,7 +120,7 @@ class Scratch:
 
 
 class Graph:
-    """A computation of fixed shapes: `place` its tensors, then `run`. Its parts live in the library's arena.
+    """A computation of fixed shapes: say where its tensors lie, then `run`. Its parts live in the library's arena.
 
     Tensors of int8, which are records of activations, get a place here if they have none.
     """
@@ -242,13 +242,6 @@ def library_path() -> Path:
     if spec is None or spec.origin is None:
         raise ImportError(f"{PACKAGE} is not installed")
     return Path(spec.origin).parent / "lib" / "libggml.so"
-
-
-def place(tensor: CTensor, data: torch.Tensor) -> None:
-    """Let a tensor of weights be the bytes [.., rows, bytes of a row]."""
-    tensor.data = data.data_ptr()
-    row = data.stride(-2)
-    set_strides(tensor, row, data.stride(0) if data.dim() == 3 else row * len(data))
 
 
 def set_strides(tensor: CTensor, row: int, matrix: int) -> None:

@@ -1,5 +1,5 @@
 """Products as steps of ggml's graphs: the library's own, `int8_rows.py` for weights that it interleaved where the CPU
-multiplies int8, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
+multiplies int8, `float8_kernels.py` for FP8, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
 
 The latter rounds activations to bfloat16 where more than 8 rows share a matrix, as torch's product does.
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from sglang_step35.packed import int8_rows
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import CALLBACK_LIMIT, SILU, Library, float_bits
+from sglang_step35.packed.ik_weights import FLOAT8
 
 ROWS = 64  # of a matrix, at most, of each expert on average: torch's bfloat16 product pays for more
 LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses little
@@ -60,15 +61,28 @@ def _ours(rows: float, *weights) -> Callable | None:
     if int8_rows.takes(rows, *weights):
         return int8_rows.step
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
+    if any(kind == FLOAT8 for kind, _, _ in shapes):
+        return _by_float8
     takes = rows <= ROWS and all(kind == _BF16 and width * height >= LARGE for kind, width, height in shapes)
-    return _step if takes else None
+    return _by_bfloat16 if takes else None
 
 
-def _step(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
+def _by_bfloat16(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
     """A float32 result of this shape."""
     from sglang_step35.packed.row_kernels import compiled  # importing numba takes a second: only where it is needed
 
-    out = library.callback(compiled(), None, shape, *sources)
+    return _callback(library, compiled(), shape, sources, limit)
+
+
+def _by_float8(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
+    """The same."""
+    from sglang_step35.packed.float8_kernels import compiled
+
+    return _callback(library, compiled(), shape, sources, limit)
+
+
+def _callback(library: Library, compiled, shape: tuple[int, ...], sources: tuple, limit: float | None):
+    out = library.callback(compiled, None, shape, *sources)
     out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)
     return out
 

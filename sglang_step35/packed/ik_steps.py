@@ -9,8 +9,8 @@ from ctypes import POINTER, addressof, c_void_p, cast
 from torch import Tensor
 
 from sglang_step35.packed import ik_rows
-from sglang_step35.packed.ggml import GGMLTensor
-from sglang_step35.packed.ik_library import F32, GRAPH_NODES, NEOX, CTensor, Graph, Library, place
+from sglang_step35.packed.ik_library import F32, GRAPH_NODES, NEOX, CTensor, Graph, Library
+from sglang_step35.packed.ik_weights import Readable, kind_of, operand, place
 
 ALIGNMENT = 64  # bytes, of every result
 
@@ -31,11 +31,11 @@ class Steps:
         function, arena = getattr(self.library, f"ggml_{name}"), self.library.arena
         return lambda *operands: function(arena, *operands)
 
-    def weight(self, part: GGMLTensor):
+    def weight(self, part: Readable):
         """A matrix [rows, columns], or a stack of them, where it lies."""
         *experts, rows, columns = part.shape
-        tensor = self.library.tensor(part.type.number, columns, rows, *experts)
-        place(tensor.contents, part.data)
+        tensor = operand(self.library, kind_of(part), columns, rows, *experts)
+        place(tensor.contents, part)
         return tensor
 
     def floats(self, data: Tensor, *shape: int):
@@ -44,19 +44,19 @@ class Steps:
         tensor.contents.data = data.data_ptr()
         return tensor
 
-    def product(self, x, part: GGMLTensor):
+    def product(self, x, part: Readable):
         """x [K, T] times the matrix -> [N, T]."""
         return ik_rows.product(self.library, self.weight(part), x)
 
-    def expert_product(self, x, ids, part: GGMLTensor):
+    def expert_product(self, x, ids, part: Readable):
         """x [K, k, T] times each token's experts ids [k, T] of the stack -> [N, k, T]."""
         return ik_rows.expert_product(self.library, self.weight(part), x, ids)
 
-    def swiglu(self, x, gate: GGMLTensor, up: GGMLTensor, limit: float | None):
+    def swiglu(self, x, gate: Readable, up: Readable, limit: float | None):
         """min(silu(gate x), limit) * clamp(up x, -limit, limit); x: [H, T]."""
         return ik_rows.gated(self.library, self.weight(gate), self.weight(up), x, limit)
 
-    def experts(self, x, ids, gate: GGMLTensor, up: GGMLTensor, limit: float | None):
+    def experts(self, x, ids, gate: Readable, up: Readable, limit: float | None):
         """The same by each token's experts; x: [H, 1, T], ids: [k, T] -> [I, k, T]."""
         return ik_rows.expert_gated(self.library, self.weight(gate), self.weight(up), x, ids, limit)
 

@@ -5,12 +5,13 @@ as their files have them, become blocks of GGML types of about their size (0.562
 experts kept one by one become one stack; rows of Q8_0, Q4_0 and K-quants are interleaved by fours or eights, which
 takes 0.5 to 0.7 of the time in place for one row of activations on one core, and 0.5 to 0.6 for four by the wheel's
 kernels, less by `int8_rows.py`, while memory lasts: past that, GGML types stay mapped. What no type of about the size
-holds keeps the file's bytes and runs in plain torch: FP8 (as Q8_0 it would cost 0.5 % of a product, past the bounds
-of our tests), asymmetric INT8 and narrow groups.
+holds keeps the file's bytes and runs in plain torch: asymmetric INT8 and narrow groups. FP8 is read where it lies, by
+`float8_kernels.py` (as Q8_0 it would cost 0.5 % of a product, past the bounds of our tests).
 What changes in a weight: nothing, but where float16 rounds the 12th bit of a scale or of zero point times scale.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import psutil
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from sglang_step35 import huge_pages
-from sglang_step35.packed import ik_kernel, ik_library
+from sglang_step35.packed import ik_library
+from sglang_step35.packed.blocks import BlockTensor
 from sglang_step35.packed.ggml import TYPES, GGMLTensor, GGMLType
 from sglang_step35.packed.grouped import GroupedTensor, nibbles
 from sglang_step35.packed.ik_check import usable
+from sglang_step35.packed.ik_weights import Q4_1_COLUMNS, reads
 from sglang_step35.packed.stack import StackedTensor
 from sglang_step35.packed.tensor import PackedTensor
 
@@ -56,6 +59,8 @@ def prepared(tensor: PackedTensor) -> PackedTensor:
     """
     if not usable():
         return tensor
+    if all(isinstance(matrix, BlockTensor) for matrix in _matrices(tensor)):
+        return _float8(tensor)
     kinds = {_written_as(matrix) for matrix in _matrices(tensor)}
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
@@ -66,6 +71,17 @@ def prepared(tensor: PackedTensor) -> PackedTensor:
             return tensor
     written = _write(tensor, kind)
     return _interleave(written) if interleaves else written
+
+
+def _float8(tensor: PackedTensor) -> PackedTensor:
+    """With scales in float32, and experts that were kept one by one as one stack, while memory lasts."""
+    if isinstance(tensor, StackedTensor):
+        blocks = [tensor.matrices[e] for e in sorted(tensor.matrices)]
+        if len({matrix.kind for matrix in blocks}) > 1 or not _memory_allows(tensor.nbytes):
+            return tensor
+        values = torch.stack([matrix.values.view(torch.uint8) for matrix in blocks]).view(blocks[0].values.dtype)
+        tensor = replace(blocks[0], values=values, scales=torch.stack([matrix.scales for matrix in blocks]))
+    return replace(tensor, scales=tensor.scales.float())
 
 
 def _matrices(tensor: PackedTensor) -> list[PackedTensor]:
@@ -81,7 +97,7 @@ def _memory_allows(size: int) -> bool:
 def _written_as(matrix: PackedTensor) -> GGMLType | None:
     """The type that holds these weights and that the kernels read; None without one."""
     if isinstance(matrix, GGMLTensor):
-        return matrix.type if ik_kernel.reads(matrix) else None
+        return matrix.type if reads(matrix) else None
     grouped = isinstance(matrix, GroupedTensor) and matrix.shape[-1] % COLUMNS == 0 == matrix.group % COLUMNS
     return _grouped_as(matrix) if grouped else None
 
@@ -94,7 +110,7 @@ def _grouped_as(matrix: GroupedTensor) -> GGMLType | None:
         return None
     if matrix.zeros is None:
         return TYPES.get(_SYMMETRIC.get(matrix.code.name))
-    fits = matrix.code.name == "UINT4" and matrix.shape[-1] % ik_kernel.Q4_1_COLUMNS == 0
+    fits = matrix.code.name == "UINT4" and matrix.shape[-1] % Q4_1_COLUMNS == 0
     return TYPES["Q4_1"] if fits else None
 
 

@@ -27,16 +27,16 @@ from sglang_step35.vector_code import lanes, multiplies_pairs
 
 _SOURCES = "packed.row_kernels", "packed.row_tiles", *step_operands.SOURCES, *SHARED
 EXACT_ROWS = 8
-_SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
+SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
 
 _W, _LANES, _GROUP = weights_at_once(), lanes(), group()
 _SPACE = 32  # columns between packed rows: whole pages apart they would share few lines of a cache
 _ROOM = 4096  # sums of a block: they stay in the nearest cache
-_AT_ONCE = 2048  # columns of W rows that stay in the nearest cache while rows of activations pass by
+AT_ONCE = 2048  # columns of W rows that stay in the nearest cache while rows of activations pass by
 
 
 @njit(**EXACT)
-def _pitch(columns):
+def pitch(columns):
     """Numbers from one packed row to the next."""
     return (columns + _GROUP - 1) // _GROUP * _GROUP + _SPACE
 
@@ -50,12 +50,12 @@ def _is_short(address, count):
     return lower == 0
 
 
-def _pack(kind, x, columns, to):
+def pack(kind, x, columns, to):
     """x [K] at its address as `add_products` reads it."""
     raise NotImplementedError("for compiled code alone")
 
 
-@overload(_pack)
+@overload(pack)
 def _pack_as(kind, x, columns, to):
     def exact(kind, x, columns, to):
         x, to = floats(x, columns), floats(to, columns + _GROUP)
@@ -80,7 +80,7 @@ def _pack_as(kind, x, columns, to):
 
 
 @njit(**EXACT)
-def _find(streams, first, step, steps, end, to):
+def find_rows(streams, first, step, steps, end, to):
     """to [W]: addresses of a step's rows of weights. streams [3, W]: where a matrix begins, its rows' stride, and
     how many blocks of steps lie before the stream."""
     for j in range(_W):
@@ -92,21 +92,21 @@ def _block(kind, streams, x, columns, count, first, steps, end, room):
     """room: sums [steps, P, W] of the rows of weights from `first` on, those of a stream in successive steps."""
     floats(room, steps * count * _W)[:] = 0
     places, later = streams[3], streams[4]
-    at_once = columns if count <= ROWS else _AT_ONCE
-    in_time = count == 1 or (count == 2 and columns <= _AT_ONCE)  # what is wanted next comes without being asked for
-    _find(streams, first, 0, steps, end, later)
+    at_once = columns if count <= ROWS else AT_ONCE
+    in_time = count == 1 or (count == 2 and columns <= AT_ONCE)  # what is wanted next comes without being asked for
+    find_rows(streams, first, 0, steps, end, later)
     for step in range(steps):
         places, later = later, places
-        _find(streams, first, step + 1, steps, end, later)
+        find_rows(streams, first, step + 1, steps, end, later)
         ahead = places if in_time else later
         to = room + step * count * _W * 4
         for k in range(0, columns, at_once):
             last = min(columns, k + at_once)
-            add_products(kind, x, _pitch(columns), count, k, last, places.ctypes.data, ahead.ctypes.data, to)
+            add_products(kind, x, pitch(columns), count, k, last, places.ctypes.data, ahead.ctypes.data, 0, to)
 
 
 @njit(**EXACT)
-def _store(to, own, count, first, steps, end, room, limit):
+def store_sums(to, own, count, first, steps, end, room, limit):
     """A block's sums, or what a gated network makes of them, into rows at addresses to [P]; limit 0: none."""
     sums, between = floats(room, steps * count * _W), count * _W
     for p in range(count):
@@ -126,7 +126,7 @@ def _store(to, own, count, first, steps, end, room, limit):
 
 
 @njit(**EXACT)
-def _streams(out, number, own):
+def streams_of(out, number, own):
     """See `_find`; two rows more for its results. own: streams of the first matrix, behind them those of the second."""
     streams = np.empty((5, _W), np.int64)
     for j in range(_W):
@@ -137,21 +137,27 @@ def _streams(out, number, own):
 
 
 @njit(**EXACT)
+def steps_of_block(rows, own, count):
+    """Steps of blocks of about equal size in which so many rows of weights are multiplied, `own` in a step."""
+    needed = (rows + own - 1) // own
+    blocks = max(1, (needed * count * _W + _ROOM - 1) // _ROOM)
+    return (needed + blocks - 1) // blocks
+
+
+@njit(**EXACT)
 def _multiply(kind, out, number, places, count, part, parts, limit):
     """places [2, P]: addresses of the `count` rows that want this matrix, and of their results."""
     columns, size = words(out[SRC + 1])[NE], words(out[SRC + 1])[NE + 1]
     low, end = size * part // parts, size * (part + 1) // parts
     own = _W if out[SRC + 1] == out[SRC + 2] else _W // 2
-    needed = (end - low + own - 1) // own
-    blocks = max(1, (needed * count * _W + _ROOM - 1) // _ROOM)
-    steps = (needed + blocks - 1) // blocks
-    streams, sums = _streams(out, number, own), np.empty(steps * count * _W, np.float32)
-    packed = np.empty(count * _pitch(columns), kind)
+    steps = steps_of_block(end - low, own, count)
+    streams, sums = streams_of(out, number, own), np.empty(steps * count * _W, np.float32)
+    packed = np.empty(count * pitch(columns), kind)
     for p in range(count):
-        _pack(kind, places[0, p], columns, packed[p * _pitch(columns) :].ctypes.data)
+        pack(kind, places[0, p], columns, packed[p * pitch(columns) :].ctypes.data)
     for first in range(low, end, max(1, steps * own)):
         _block(kind, streams, packed.ctypes.data, columns, count, first, steps, end, sums.ctypes.data)
-        _store(places[1], own, count, first, steps, end, sums.ctypes.data, limit)
+        store_sums(places[1], own, count, first, steps, end, sums.ctypes.data, limit)
 
 
 @njit(**EXACT)
@@ -163,7 +169,7 @@ def _matrix(out, number, places, count, part, parts, limit):
         for p in range(count):
             short = short and _is_short(places[0, p], columns)
     if short:
-        _multiply(_SHORT, out, number, places, count, part, parts, limit)
+        _multiply(SHORT, out, number, places, count, part, parts, limit)
     else:
         _multiply(np.float32, out, number, places, count, part, parts, limit)
 

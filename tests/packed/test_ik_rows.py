@@ -21,7 +21,7 @@ def steps(monkeypatch):
     """Shapes of what our kernel computed. Every matrix is large, and every graph is new."""
     torch.manual_seed(0)
     monkeypatch.setattr(ik_rows, "LARGE", 0)
-    yield from recorded(monkeypatch, ik_rows, "_step")
+    yield from recorded(monkeypatch, ik_rows, "_by_bfloat16")
 
 
 @pytest.fixture(params=[1, 2, 3])

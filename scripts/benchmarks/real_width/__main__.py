@@ -4,10 +4,10 @@
         [--llama-server PATH] [--plot FILE.png] [--list]
 
 The 0.9B checkpoint (`drafted.py`: hidden 1024, 12 + 3 layers, 64 experts of 320, drafts accepted as often as nano's) in
-bf16, Q8_0 and Q4_0: speculation off, MTP, adaptive; 1, 4 and 16 clients; prompts of 512 and of 4,096 tokens, which
-several clients share but for their last 64. Then a slice of the published widths, a dense layer and one with experts,
-layer by layer, with a projection of all 45. `--list` names the pieces; `--only` runs some, each within minutes, and the
-results gather in one file. Prints a table and, as the last line, JSON.
+bf16, FP8 (the routed experts), Q8_0 and Q4_0: speculation off, MTP, adaptive; 1, 4 and 16 clients; prompts of 512 and
+of 4,096 tokens, which several clients share but for their last 64. Then a slice of the published widths, a dense layer
+and one with experts, layer by layer, with a projection of all 45. `--list` names the pieces; `--only` runs some, each
+within minutes, and the results gather in one file. Prints a table and, as the last line, JSON.
 """
 
 import argparse

@@ -8,7 +8,8 @@ from typing import Any
 
 from sglang_step35.bench.servers import MTP_ARGS
 
-FORMATS = ("bf16", "Q8_0", "Q4_0")
+FORMATS = ("bf16", "fp8", "Q8_0", "Q4_0")
+LLAMA_FORMATS = ("bf16", "Q8_0", "Q4_0")
 SLICES = ("Q4_K", "int4")
 MODES = {"off": (), "mtp": MTP_ARGS, "adaptive": (*MTP_ARGS, "--speculative-adaptive")}
 CLIENTS, PROMPTS = (1, 4, 16), (512, 4096)
@@ -49,7 +50,7 @@ def cells(llama: bool) -> list[Cell]:
     found += [Cell("transformers", "bf16", "off", 1, prompt) for prompt in PROMPTS]
     found += [
         Cell("llama.cpp", form, "off", clients, prompt)
-        for form in FORMATS
+        for form in LLAMA_FORMATS
         for prompt in PROMPTS
         for clients in CLIENTS
         if llama and clients * prompt <= LLAMA_LONGEST

@@ -169,6 +169,23 @@ def _bf16(matrix: Matrix) -> torch.Tensor:
     return torch.stack(parts).view(matrix.shape).to(dtype)
 
 
+def write_fp8(folder: Path, fields: dict[str, Any], entries: list[Matrix]) -> None:
+    """The same with routed experts in E4M3, in blocks of 64 x 64: those of 128 would cut these widths."""
+    scheme = quantised.fp8((64, 64))
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": scheme.config}))
+    _write_shards(folder, (tensor for matrix in entries for tensor in _fp8(matrix, scheme.pack)))
+
+
+def _fp8(matrix: Matrix, pack: Callable) -> Iterator[tuple[str, torch.Tensor]]:
+    module = matrix.name.removesuffix(".weight")
+    if matrix.parts == 1:
+        yield matrix.name, _bf16(matrix)
+        return
+    experts = [pack(expert)[0] for expert in _bf16(matrix)]
+    for leaf in experts[0]:
+        yield f"{module}.{leaf}", torch.stack([expert[leaf] for expert in experts])
+
+
 def write_int4(folder: Path, fields: dict[str, Any]) -> None:
     """pack-quantized W4A16, groups of 128, each expert by itself; embedding, head, gates and routers in bfloat16."""
     scheme = quantised.compressed(4, GROUP)

@@ -9,16 +9,16 @@ import gguf
 
 from scripts.benchmarks.real_width import checkpoint, drafted
 
-INT4, BF16 = "int4", "bf16"
+INT4, FP8, BF16 = "int4", "fp8", "bf16"
 MIB = 1 << 20
 
 
 def drafted_file(form: str, folder: Path) -> Path:
-    """The 0.9B checkpoint: bf16 safetensors, or GGUF in the type of this name."""
+    """The 0.9B checkpoint: safetensors in bf16 or with experts in FP8, or GGUF in the type of this name."""
     config = drafted.fields()
-    if form == BF16:
-        write = lambda target: checkpoint.write_bf16(target, config, list(drafted.entries(config)))
-        return written(folder / "0.9B-bf16", write)
+    if form in (BF16, FP8):
+        write = checkpoint.write_bf16 if form == BF16 else checkpoint.write_fp8
+        return written(folder / f"0.9B-{form}", lambda target: write(target, config, list(drafted.entries(config))))
     kind = gguf.GGMLQuantizationType[form]
     write = lambda target: checkpoint.write_gguf(target, config, kind, list(drafted.entries(config)))
     return written(folder / f"0.9B-{form}.gguf", write)
