@@ -26,24 +26,12 @@ from sglang_step35.packed.row_kernels import (
     streams_of,
 )
 from sglang_step35.packed.row_tiles import add_products, narrow_row, weights_at_once
-from sglang_step35.packed.step_operands import (
-    DATA,
-    LIMIT,
-    NB,
-    NE,
-    PARAMETERS,
-    SRC,
-    WORDS,
-    clear,
-    places_of,
-    words,
-)
+from sglang_step35.packed.step_operands import DATA, NB, NE, PARAMETERS, ROWS_NEAR, SRC, WORDS, begin, words
 from sglang_step35.vector_code import multiplies_pairs
 
 _SOURCES = "packed.float8_kernels", "packed.row_kernels", "packed.row_tiles", *step_operands.SOURCES, *SHARED
 _W = weights_at_once()
 _ROUNDS = multiplies_pairs()
-_NEAR = 64  # rows of activations that pass by before the next ones, so that they stay in a core's own cache
 
 
 @njit(**EXACT)
@@ -137,15 +125,13 @@ def compiled():
     @callback(GRAPH_STEP)
     def multiply(address, _shape, part, parts, _data):
         """One thread's part: some rows of every matrix that is wanted. x: [K, slots or 1, T] float32."""
-        out = carray(address, WORDS if sources else 0, np.int64)  # for the key of the cache
-        limit = carray(address, 2 * WORDS, np.float32)[LIMIT]
-        starts, places = places_of(out)
-        clear(out, places[1, : starts[1]], part, parts)
+        size = WORDS if sources else 0  # for the key of the cache
+        out, limit, starts, places = begin(address, size, part, parts)
         for number in range(len(starts) - 2):
             low, high = starts[number + 1], starts[number + 2]
             short = _ROUNDS and high - low > EXACT_ROWS
-            for start in range(low, high, _NEAR):
-                near = min(_NEAR, high - start)
+            for start in range(low, high, ROWS_NEAR):
+                near = min(ROWS_NEAR, high - start)
                 _multiply(short, out, number, places[:, start : start + near], near, part, parts, limit)
 
     return multiply

@@ -185,14 +185,18 @@ class Library:
         """A pointer to a new tensor of up to three dimensions, the innermost first, without data."""
         return self.ggml_new_tensor_3d(self.arena, kind, *shape, *[1] * (3 - len(shape)))
 
-    def callback(self, function, data: int | None, shape: tuple[int, ...], *sources, kind: int = F32):
+    def callback(
+        self, function, data: int | None, shape: tuple[int, ...], *sources, kind: int = F32, limit: float | None = None
+    ):
         """A step, [shape] of a type, by a numba callback (`numba_cache.GRAPH_STEP`) on every thread.
 
-        The function finds the sources from the result's `src[1]` on; data: what it gets besides, an address.
+        The function finds the sources from the result's `src[1]` on; data: what it gets besides, an address. limit: of
+        a gated network, in CALLBACK_LIMIT; 0 there without one.
         """
         out = self.ggml_map_custom1(self.arena, self.tensor(kind, *shape), function.address, EVERY_THREAD, data)
         for number, source in enumerate(sources, start=1):
             out.contents.src[number] = cast(source, c_void_p)
+        out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)
         return out
 
     def graph(self, key: tuple, build: Callable, nodes: int = GRAPH_NODES):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from sglang_step35.packed import int8_rows
 from sglang_step35.packed.ggml import TYPES
-from sglang_step35.packed.ik_library import CALLBACK_LIMIT, SILU, Library, float_bits
+from sglang_step35.packed.ik_library import SILU, Library, float_bits
 from sglang_step35.packed.ik_weights import FLOAT8
 
 ROWS = 64  # of a matrix, at most, of each expert on average: torch's bfloat16 product pays for more
@@ -71,20 +71,14 @@ def _by_bfloat16(library: Library, shape: tuple[int, ...], *sources, limit: floa
     """A float32 result of this shape."""
     from sglang_step35.packed.row_kernels import compiled  # importing numba takes a second: only where it is needed
 
-    return _callback(library, compiled(), shape, sources, limit)
+    return library.callback(compiled(), None, shape, *sources, limit=limit)
 
 
 def _by_float8(library: Library, shape: tuple[int, ...], *sources, limit: float | None = None):
     """The same."""
     from sglang_step35.packed.float8_kernels import compiled
 
-    return _callback(library, compiled(), shape, sources, limit)
-
-
-def _callback(library: Library, compiled, shape: tuple[int, ...], sources: tuple, limit: float | None):
-    out = library.callback(compiled, None, shape, *sources)
-    out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)
-    return out
+    return library.callback(compiled(), None, shape, *sources, limit=limit)
 
 
 def _limited(step, limit: float | None):

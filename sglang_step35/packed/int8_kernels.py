@@ -13,12 +13,11 @@ from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
 from sglang_step35.packed.int8_tiles import LANES, MOST, RECORD, multiply_tile, quantise
-from sglang_step35.packed.step_operands import DATA, LIMIT, NB, NE, PARAMETERS, SRC, WORDS, clear, places_of, words
+from sglang_step35.packed.step_operands import DATA, NB, NE, PARAMETERS, ROWS_NEAR, SRC, WORDS, begin, words
 
 _PACKED = "int8_kernels", "int8_tiles", "int8_formats", "int8_code"
 _SOURCES = *(f"packed.{name}" for name in _PACKED), *step_operands.SOURCES, *SHARED
 CALLBACK_OFFSET, CALLBACK_PARTS = 8, 9  # which op_params of `record` hold these of the format
-ROWS_NEAR = 64  # rows of activations that pass by before the next ones, so that they stay in a core's own cache
 
 
 @njit(**EXACT)
@@ -97,10 +96,8 @@ def multiplier(number: int):
     @callback(GRAPH_STEP)
     def multiply(address, _shape, part, parts, _data):
         """One thread's part: some rows of every matrix that is wanted. x: records [bytes, slots or 1, T]."""
-        out = carray(address, WORDS if sources else 0, np.int64)  # for the key of the cache
-        limit = carray(address, 2 * WORDS, np.float32)[LIMIT]
-        starts, places = places_of(out)
-        clear(out, places[1, : starts[1]], part, parts)
+        size = WORDS if sources else 0  # for the key of the cache
+        out, limit, starts, places = begin(address, size, part, parts)
         for e in range(len(starts) - 2):
             low, high = starts[e + 1], starts[e + 2]
             if low < high:

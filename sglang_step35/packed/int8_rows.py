@@ -10,7 +10,7 @@ Shapes are given as ggml counts them, the innermost dimension first. Letters: K 
 from ctypes import addressof
 from functools import cache
 
-from sglang_step35.packed.ik_library import CALLBACK_LIMIT, I8, Library, float_bits
+from sglang_step35.packed.ik_library import I8, Library
 
 # The library's Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4, and from how many rows of activations on they are faster
 # here: unpacking K-quants costs more.
@@ -41,9 +41,7 @@ def step(library: Library, shape: tuple[int, ...], first, second, x, *ids, limit
 
     kind = first.contents.type
     sources = first, second, _records(library, kind, x), *ids
-    out = library.callback(multiplier(kind), None, shape, *sources)
-    out.contents.op_params[CALLBACK_LIMIT] = float_bits(limit or 0.0)
-    return out
+    return library.callback(multiplier(kind), None, shape, *sources, limit=limit)
 
 
 def _records(library: Library, kind: int, x):

@@ -76,7 +76,7 @@ def prepared(tensor: PackedTensor) -> PackedTensor:
 def _float8(tensor: PackedTensor) -> PackedTensor:
     """With scales in float32, and experts that were kept one by one as one stack, while memory lasts."""
     if isinstance(tensor, StackedTensor):
-        blocks = [tensor.matrices[e] for e in sorted(tensor.matrices)]
+        blocks = _matrices(tensor)
         if len({matrix.kind for matrix in blocks}) > 1 or not _memory_allows(tensor.nbytes):
             return tensor
         values = torch.stack([matrix.values.view(torch.uint8) for matrix in blocks]).view(blocks[0].values.dtype)

@@ -22,12 +22,12 @@ from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, silu
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.row_tiles import ROWS, add_products, group, weights_at_once
-from sglang_step35.packed.step_operands import DATA, LIMIT, NB, NE, SRC, WORDS, clear, places_of, words
+from sglang_step35.packed.step_operands import DATA, NB, NE, SRC, WORDS, begin, words
 from sglang_step35.vector_code import lanes, multiplies_pairs
 
 _SOURCES = "packed.row_kernels", "packed.row_tiles", *step_operands.SOURCES, *SHARED
 EXACT_ROWS = 8
-SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
+_SHORT = np.uint16 if multiplies_pairs() else np.float32  # how more rows are stored
 
 _W, _LANES, _GROUP = weights_at_once(), lanes(), group()
 _SPACE = 32  # columns between packed rows: whole pages apart they would share few lines of a cache
@@ -127,7 +127,7 @@ def store_sums(to, own, count, first, steps, end, room, limit):
 
 @njit(**EXACT)
 def streams_of(out, number, own):
-    """See `_find`; two rows more for its results. own: streams of the first matrix, behind them those of the second."""
+    """See `find_rows`; two rows more for its results. own: streams of the first matrix, then those of the second."""
     streams = np.empty((5, _W), np.int64)
     for j in range(_W):
         weights = words(out[SRC + 1 + j // own])
@@ -169,7 +169,7 @@ def _matrix(out, number, places, count, part, parts, limit):
         for p in range(count):
             short = short and _is_short(places[0, p], columns)
     if short:
-        _multiply(SHORT, out, number, places, count, part, parts, limit)
+        _multiply(_SHORT, out, number, places, count, part, parts, limit)
     else:
         _multiply(np.float32, out, number, places, count, part, parts, limit)
 
@@ -182,10 +182,8 @@ def compiled():
     @callback(GRAPH_STEP)
     def multiply(address, _shape, part, parts, _data):
         """One thread's part: some rows of every matrix that is wanted. x: [K, slots or 1, T] float32."""
-        out = carray(address, WORDS if sources else 0, np.int64)  # for the key of the cache
-        limit = carray(address, 2 * WORDS, np.float32)[LIMIT]
-        starts, places = places_of(out)
-        clear(out, places[1, : starts[1]], part, parts)
+        size = WORDS if sources else 0  # for the key of the cache
+        out, limit, starts, places = begin(address, size, part, parts)
         for number in range(len(starts) - 2):
             low, high = starts[number + 1], starts[number + 2]
             if low < high:

@@ -18,6 +18,7 @@ NE, NB, SRC, DATA = (getattr(CTensor, name).offset // 8 for name in ("ne", "nb",
 WORDS = ctypes.sizeof(CTensor) // 8
 PARAMETERS = CTensor.op_params.offset // 4
 LIMIT = PARAMETERS + CALLBACK_LIMIT
+ROWS_NEAR = 64  # rows of activations that pass by before the next ones, so that they stay in a core's own cache
 SOURCES = "packed.step_operands", "packed.ik_library"
 
 
@@ -58,3 +59,13 @@ def clear(out, results, part, parts):
     size = out[NE]
     for address in results:
         floats(address, size)[size * part // parts : size * (part + 1) // parts] = 0
+
+
+@njit(**EXACT)
+def begin(address, size, part, parts):
+    """The fields of the result at a callback's address, its limit, and `places_of` them; one thread's part of what
+    wants no matrix is cleared. size: WORDS."""
+    out, limit = carray(address, size, np.int64), carray(address, 2 * WORDS, np.float32)[LIMIT]
+    starts, places = places_of(out)
+    clear(out, places[1, : starts[1]], part, parts)
+    return out, limit, starts, places

@@ -137,7 +137,7 @@ def test_what_is_no_number_stays_none(steps):
 def test_products_of_a_graph_share_their_records(monkeypatch):
     kinds = [prepared(packed(name, 16, 256)[0]) for name in ("Q4_0", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")]
     made, callback = [], ik_library.Library.callback
-    seen = lambda *operands, kind=ik_library.F32: made.append(kind) or callback(*operands, kind=kind)
+    seen = lambda *operands, kind=ik_library.F32, **limit: made.append(kind) or callback(*operands, kind=kind, **limit)
     monkeypatch.setattr(ik_library.Library, "callback", seen)
     ik_kernel.linear(torch.randn(2, 256), kinds)
     assert made.count(ik_library.I8) == 4 and made.count(ik_library.F32) == 6

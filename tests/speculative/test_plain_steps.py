@@ -11,16 +11,12 @@ from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.metrics import update_spec_metrics
 from sglang_step35.speculative.plain_steps import most_steps
 from sglang_step35.speculative.settings import MTPSettings
-from tests.support.worker_host import Host, Witness, make_worker
+from tests.speculative.test_worker_reach import PROMPT, Laggiest
+from tests.support.worker_host import Host, make_worker
 
-PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 
-
-class Resting(Witness):
+class Resting(Laggiest):
     """Never drafts, and takes all the steps it may."""
-
-    def next_depth(self, batch_size, owed=0.0):
-        return 0
 
     def plain_steps(self, batch_size, most):
         return most
