@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from scripts.benchmarks.real_width import checkpoint, clients, drafted, report, traffic
 from scripts.benchmarks.real_width.__main__ import megabytes, prompts
-from scripts.benchmarks.real_width.cells import FORMATS, MODES, Cell, Results, cells, chosen, extras
+from scripts.benchmarks.real_width.cells import FORMATS, MODES, Cell, Results, cells, chosen, extras, in_turns
 from scripts.benchmarks.real_width.files import written
 from sglang_step35.bench.servers import Server
 from tests.support import model_host
@@ -152,10 +152,43 @@ def test_results_gather_in_one_file(tmp_path):
 
 
 def test_clients_share_long_prompts_but_for_their_end():
-    texts = prompts(Cell("ours", "bf16", "off", 16, 4096), 32_768)
+    texts = prompts(Cell("ours", "bf16", "off", 16, 4096), 0, 32_768)
     assert len({tuple(text[:4032]) for text in texts}) == 1 and len({tuple(text[4032:]) for text in texts}) == 16
-    short = prompts(Cell("ours", "bf16", "off", 16, 512), 32_768)
+    short = prompts(Cell("ours", "bf16", "off", 16, 512), 0, 32_768)
     assert all(len(text) == 512 for text in short) and len({text[0] for text in short}) == 16
+    assert prompts(Cell("ours", "bf16", "mtp", 16, 512), 0, 32_768) == short
+    later = prompts(Cell("ours", "bf16", "off", 16, 512), 1, 32_768)
+    assert not {text[0] for text in short} & {text[0] for text in later}
+
+
+def test_modes_take_turns():
+    """Each goes first once, and no other cell between them."""
+    plan = [cell for cell in cells(llama=True) if cell.prompt == 512 and cell.form == "Q4_0"]
+    groups = list(in_turns(plan, 3))
+    assert [len(group) for group in groups] == [9] * 3 + [3] * 3  # ours and llama.cpp's
+    for group in groups:
+        assert len({(cell.engine, cell.clients) for _, cell in group}) == 1
+        assert len(set(group)) == len(group)
+        firsts = [next(cell.mode for turn, cell in group if turn == number) for number in range(3)]
+        assert len(set(firsts)) == len({cell.mode for _, cell in group})
+
+
+def test_ratios_are_of_one_turn():
+    """The machine halves its pace after the first turn; MTP is better in median."""
+    rates = {"off": [10.0, 5.0, 5.0], "mtp": [11.0, 6.0, 6.0], "adaptive": [12.1, 6.6, 6.0]}
+    found = {f"ours/bf16/{mode}/c1/p512": {"turns": {"prefill": [2.0], "decode": v}} for mode, v in rates.items()}
+    found["ours/bf16/off/c4/p512"] = {"turns": {"prefill": [], "decode": [1.0]}}
+    found["transformers/bf16/off/c1/p512"] = {"decode": 1.0}
+    assert report.ratios(found) == {
+        "ours/bf16/c1/p512": {
+            "MTP over off": 1.2,
+            "adaptive over the better": 1.1,
+            "prefill, MTP over off": 1.0,
+        }
+    }
+    for mode in ("mtp", "adaptive"):
+        found[f"ours/bf16/{mode}/c4/p512"] = {"turns": {"prefill": [], "decode": [0.5]}}
+    assert report.ratios(found)["ours/bf16/c4/p512"] == {"MTP over off": 0.5, "adaptive over the better": 0.5}
 
 
 def test_table_and_projection():

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolTransferResult
 from torch import Tensor
 
-from sglang_step35.hicache.identity import digest_of, server_identity, weights_updated
+from sglang_step35.hicache.identity import digest_of, server_identity, weight_updates
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,16 @@ class SealedFiles(HiCacheFile):
 
     def set(self, key: str, value=None, target_location=None, target_sizes=None) -> bool:
         """Write a page; False where it could not be written."""
-        if weights_updated():
+        if weight_updates():
             return False
         payload = value.contiguous().view(torch.uint8)
         return super().set(key, torch.cat([self._seal(key, payload, value.dtype), payload]))
 
     def exists(self, key: str) -> bool:
-        return not weights_updated() and super().exists(key)
+        return not weight_updates() and super().exists(key)
 
     def batch_exists_v2(self, keys, pool_transfers=None, extra_info=None) -> PoolTransferResult:
-        if weights_updated():
+        if weight_updates():
             return PoolTransferResult(0, {}, [])
         return super().batch_exists_v2(keys, pool_transfers, extra_info)
 
@@ -63,7 +63,7 @@ class SealedFiles(HiCacheFile):
         target = target_location.view(torch.uint8)
         sealed = torch.empty(SEAL_BYTES + target.numel(), dtype=torch.uint8)
         try:
-            if weights_updated() or super().get(key, sealed) is None:
+            if weight_updates() or super().get(key, sealed) is None:
                 return None
         except OSError as error:  # shorter than a page, or unreadable
             self._discard(key, str(error))

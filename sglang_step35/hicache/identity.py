@@ -10,19 +10,19 @@ from sglang.srt.runtime_context import get_memory, get_model, get_schedule, get_
 from sglang_step35.checkpoint.formats import open_files
 
 FORMAT = 1  # of the files; a new one finds none of the old
-_updated = False
+_updates = 0
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each weight file, evenly spaced: the whole would be read for minutes
 
 
 def note_weight_update() -> None:
     """The weights of this process are no longer those of its checkpoint."""
-    global _updated
-    _updated = True
+    global _updates
+    _updates += 1
 
 
-def weights_updated() -> bool:
-    """Whether `server_identity` is no longer true."""
-    return _updated
+def weight_updates() -> int:
+    """How often so far; with any, `server_identity` is no longer true."""
+    return _updates
 
 
 def server_identity() -> str:

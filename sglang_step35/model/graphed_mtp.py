@@ -62,7 +62,7 @@ class GraphedMTP(GraphedLayers):
     def __init__(self, layers: Sequence[nn.Module], tables: SharedTables):
         super().__init__([layer.block for layer in layers])
         self._mtp_layers = tuple(layers)
-        self._embedding, self._head = tables.embedding, tables.head
+        self._embedding, self._head = tables.embedding, tables.draft_head
 
     def refresh(self) -> None:
         super().refresh()

@@ -13,8 +13,10 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from sglang_step35.config import ModelSpec
+from sglang_step35.model.draft_heads import DraftHeads
 from sglang_step35.model.vocab import embedding, keeps_packed, output_head
 from sglang_step35.packed.ggml import GGMLTensor
+from sglang_step35.packed.methods import PackedConfig
 from sglang_step35.packed.parameter import PackedParameter, as_packed
 from sglang_step35.packed.sglang_gguf import load_table
 from sglang_step35.packed.tensor import PackedTensor
@@ -38,6 +40,8 @@ class SharedTables(nn.Module):
             "embedding": lambda: embedding(spec, packed),
             "head": lambda: output_head(spec, packed),
         }
+        self._make_packed = lambda: output_head(spec, PackedConfig())
+        self._rounded: DraftHeads | None = None
         self._num_layers = num_layers
         self._dtype = torch.get_default_dtype()
         # Shells without a weight: built on the meta device, given the backbone's parameters.
@@ -51,6 +55,17 @@ class SharedTables(nn.Module):
 
     def head(self, depth: int) -> VocabParallelEmbedding:
         return self._table(depth, "head")
+
+    def draft_head(self, depth: int) -> VocabParallelEmbedding:
+        """What a layer's drafts are chosen by: `head`, or its copy behind `round_heads`."""
+        head = self.head(depth)
+        return head if self._rounded is None else self._rounded.of(head)
+
+    def round_heads(self) -> int:
+        """Draft by copies of the heads in 8 bits, where there can be any; behind `resolve`. Returns how many."""
+        self._rounded = DraftHeads(self._make_packed)
+        heads = [(self.head(depth), self.draft_head(depth)) for depth in range(self._num_layers)]
+        return len({id(copy) for head, copy in heads if copy is not head})
 
     def keep(self, copies: dict[tuple[int, str], Tensor | PackedTensor]) -> None:
         """Note the checkpoint's copies, (depth, kind) -> [V, H]; a later load replaces them."""

@@ -102,6 +102,7 @@ _SIGNATURES: dict[str, tuple] = {
     "ggml_build_forward_expand": (None, c_void_p, _TENSOR),
     "ggml_graph_plan": (_Plan, c_void_p, c_int),
     "ggml_graph_compute": (c_int, c_void_p, POINTER(_Plan)),
+    "ggml_quantize_chunk": (c_size_t, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     "iqk_repack_tensor": (None, _TENSOR),
 }
 
@@ -222,6 +223,15 @@ class Library:
         self.iqk_repack_tensor(tensor)
         if tensor.contents.type != wanted:
             raise RuntimeError(f"the library made type {tensor.contents.type} of {kind}, not {wanted}")
+
+    def quantize(self, kind: int, weights: torch.Tensor) -> torch.Tensor:
+        """Weights [rows, columns] float32, in whole blocks, as `kind` -> bytes of rows [rows, bytes]."""
+        weights = weights.contiguous()
+        rows, columns = weights.shape
+        blocks = columns // self.ggml_blck_size(kind)
+        out = torch.empty(rows, blocks * self.ggml_type_size(kind), dtype=torch.uint8)
+        self.ggml_quantize_chunk(kind, weights.data_ptr(), out.data_ptr(), 0, rows, columns, None)
+        return out
 
     def _make_room(self, nodes: int = GRAPH_NODES) -> None:
         needed = nodes * self.ggml_tensor_overhead() + self.ggml_graph_overhead_custom(nodes, False)

@@ -49,7 +49,6 @@ class DepthPlanner:
         self._controllers: dict[int, DepthController] = {}
         self._sizes: dict[int, int] = {}  # the batch size that a controller's costs are those of
         self._latest: DepthController | None = None
-        self.rests = False  # the last round planned no drafts for the next
         self._entry = EntryCost()
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[int], list[list[float]], int]] = deque()
@@ -117,9 +116,12 @@ class DepthPlanner:
             return self.settings.num_steps
         controller = self._controller(batch_size)
         controller.entry, controller.owed = batch_size * self._entry.per_token(batch_size), owed
-        depth = controller.next_depth()
-        self.rests = depth == 0
-        return depth
+        return controller.next_depth()
+
+    def rests(self, batch_size: int) -> bool:
+        """Whether rounds of such a batch draft nothing; where there was none yet, the last ones of any other size."""
+        controller = self._controllers.get(_bucket(batch_size), self._latest)
+        return self.settings.adaptive and controller is not None and controller.depth == 0
 
     def plain_steps(self, batch_size: int, most: int) -> int:
         """Plain steps of a round without drafts, up to `most`: as many as nobody waits for."""

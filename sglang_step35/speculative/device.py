@@ -93,6 +93,16 @@ def keeps_states_by_slot(device: torch.device | str, target_worker, hierarchical
     return host_reads_are_free(torch.device(device)) and target_worker.is_hybrid_swa and not hierarchical_cache
 
 
+def rounds_heads(runner, spec) -> bool:
+    """Whether drafts are chosen by copies of the heads in 8 bits.
+
+    On CPUs, whose rounds take as long as reading their weights. Float32 keeps every draft exact, and so does
+    `--speculative-draft-model-quantization unquant`, which SGLang resolves to None.
+    """
+    kept = spec._speculative_draft_quantization_explicitly_set and spec.speculative_draft_model_quantization is None
+    return host_reads_are_free(torch.device(runner.device)) and runner.dtype is not torch.float32 and not kept
+
+
 def eager_rows(device: torch.device | str) -> int:
     """Rows from which on an eager pass of the MTP layers costs about the same a row.
 

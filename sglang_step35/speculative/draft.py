@@ -5,6 +5,7 @@ Here the layers are one model with one pool of S layers: a pass plans its attent
 weights are read once.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ from sglang_step35.speculative.device import (
     attach_draft_attention,
     capture_graphs,
     plan_draft_attention,
+    rounds_heads,
     writes_kv_alone,
 )
 from sglang_step35.speculative.pass_input import MTPPassInput
@@ -41,6 +43,7 @@ from sglang_step35.speculative.window import CatchUp, RoundWindow, WindowReader
 if TYPE_CHECKING:
     from sglang_step35.speculative.graphs import CapturedPass
 
+logger = logging.getLogger(__name__)
 _FEW_ROWS = 8  # of a request: describing a second pass costs more than they do in the last layer
 
 
@@ -105,6 +108,8 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         self.reader: WindowReader | None = None  # of the rounds' state, where graphs read it
         # Before the KV pools are sized: heads that differ from the backbone's take memory here.
         self.model.share_with(target_worker.model_runner.model)
+        if rounds_heads(self.draft_runner, get_spec()):
+            logger.info("%d heads in 8 bits for drafts", self.model.tables.round_heads())
 
     def alloc_memory_pool(self, **pools) -> None:
         """Allocate the S-layer draft KV pool over the target's slots."""

@@ -57,7 +57,7 @@ class RoundCost:
     """This rank's weights by part.
 
     dense: of the backbone without routed experts and embedding, the head included. routed: of all routed experts.
-    share: of the experts, what one token chooses. drafts: of each MTP layer. head: that of the backbone. layers: of the
+    share: of the experts, what one token chooses. drafts: of each MTP layer. head: that of a draft. layers: of the
     backbone.
     """
 
@@ -71,11 +71,10 @@ class RoundCost:
 
     @classmethod
     def of(cls, target: nn.Module, mtp: nn.Module, num_steps: int) -> "RoundCost":
-        """target, mtp: the models of `model.causal_lm` and `model.mtp`."""
+        """target, mtp: the models of `model.causal_lm` and `model.mtp`, which shares the other's tables."""
         spec = target.spec
         routed = weights(target, only=".experts.")
         embedding = weights(target, "model.embed_tokens.")
-        head = embedding if spec.tie_word_embeddings else weights(target, "lm_head.")
         unread = routed if spec.tie_word_embeddings else routed + embedding
         shares = [layer.moe.top_k / layer.moe.num_experts for layer in spec.layers if layer.moe]
         return cls(
@@ -83,7 +82,7 @@ class RoundCost:
             routed=routed,
             share=max(shares, default=0.0),
             drafts=tuple(weights(mtp, f"layers.{depth}.") for depth in range(num_steps)),
-            head=head,
+            head=weights(mtp.tables.draft_head(0)),
             layers=len(spec.layers),
             pace=pace_of(next(target.parameters()).device.type),
         )

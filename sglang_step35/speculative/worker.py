@@ -154,7 +154,8 @@ class Step35SpecWorker(BaseSpecWorker):
             on_publish(result.new_seq_lens)
         count_first_tokens(self.store.counts, batch.reqs, result.next_token_ids)
         chunks, sampler, tokens = Chunks.of(batch), self._sampler(batch, batch.seq_lens), result.next_token_ids
-        drafts = not self.depths.rests and any(map(depth_limit, batch.reqs))
+        pool = self.req_to_token_pool
+        drafts = not self.depths.rests(pool.size - pool.available_size()) and any(map(depth_limit, batch.reqs))
         with self.upkeep.prefill(batch, chunks, tokens, result.logits_output.hidden_states, drafts) as found:
             if found is not None:
                 sampler.silent = found.silent

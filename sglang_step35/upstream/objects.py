@@ -74,6 +74,7 @@ ROWS = (
             "ServerArgs",
             "disaggregation_mode enable_dp_lm_head enable_fp32_lm_head enable_lora enable_return_routed_experts "
             "ep_num_redundant_experts expert_distribution_recorder_mode lora_paths nnodes pp_size speculative_adaptive "
+            "_speculative_draft_quantization_explicitly_set speculative_draft_model_quantization "
             "speculative_algorithm speculative_eagle_topk speculative_num_draft_tokens "
             "speculative_num_steps served_model_name tp_size",
         ),

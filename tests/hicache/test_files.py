@@ -16,7 +16,7 @@ PAGE = torch.arange(60, dtype=torch.float32).bfloat16()
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "_updated", False)  # other tests of this process load weights anew
+    monkeypatch.setattr(identity, "_updates", 0)  # other tests of this process load weights anew
 
     def make(identity: str = "a" * 32, rank: int = 0, **extra) -> SealedFiles:
         monkeypatch.setattr(files, "server_identity", lambda: identity)

@@ -207,12 +207,12 @@ def test_each_model_passes_over_the_other(directory):
 
 
 def test_a_weight_update_may_be_partial(directory, monkeypatch):
-    monkeypatch.setattr(identity, "_updated", False)
+    monkeypatch.setattr(identity, "_updates", 0)
     model = model_host.load(directory)
-    assert not identity.weights_updated()
+    assert not identity.weight_updates()
     model.load_weights([("model.norm.weight", torch.full((64,), 0.5))])
     assert torch.equal(model.model.norm.scale, torch.full((64,), 1.5) * 8)
-    assert identity.weights_updated()  # KV in files is no longer this model's
+    assert identity.weight_updates()  # KV in files is no longer this model's
     with pytest.raises(WeightError, match="belongs to nothing"):
         model.load_weights([("model.nrom.weight", torch.zeros(64))])
 

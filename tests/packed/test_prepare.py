@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 
 from sglang_step35.packed import ik_check, kernel, prepare
-from sglang_step35.packed.ggml import GGMLTensor
+from sglang_step35.packed.ggml import GGMLTensor, plain
 from sglang_step35.packed.grouped import CODES, GroupedTensor
 from sglang_step35.packed.parameter import PackedParameter
-from sglang_step35.packed.prepare import prepared
+from sglang_step35.packed.prepare import can_round, prepared, rounded
 from sglang_step35.packed.stack import StackedTensor
 from tests.packed.test_ik_kernel import BF16, ROUNDED, chosen_experts, error
 from tests.packed.test_kinds import SCHEMES, collected
@@ -104,6 +106,29 @@ def test_what_the_kernels_read_in_place_stays():
         assert prepared(tensor) is tensor
     odd, _ = packed("Q8_0", 43, 64)  # rows that do not divide by eight
     assert prepared(odd) is odd
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32"])
+def test_rounding_to_8_bits_is_another_library_s(name):
+    tensor, meaning = packed(name, 43, 64)  # rows that do not divide by eight stay in order
+    expected = quantize(meaning.numpy(), GGMLQuantizationType.Q8_0)
+    assert can_round(tensor) and torch.equal(rounded(tensor).data, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_products_by_rounded_weights(rows):
+    tensor, meaning = packed("BF16", 48, 512)
+    copy, x = rounded(tensor), torch.randn(rows, 512).bfloat16()
+    assert copy.type.name == "Q8_0_R8" and copy.nbytes == tensor.nbytes * 34 // 64
+    assert error(kernel.linear(x, [copy]), x.float() @ meaning.T) < 2 * ROUNDED + BF16
+
+
+def test_what_is_not_rounded(memory):
+    assert not can_round(packed("Q8_0", 48, 64)[0])
+    assert not can_round(plain(torch.zeros(8, 48)))  # columns that are no whole blocks
+    tensor, _ = packed("BF16", 48, 64)
+    memory.available = memory.total // 4 + 48 * 64
+    assert not can_round(tensor)
 
 
 def test_memory_that_would_not_last(memory):

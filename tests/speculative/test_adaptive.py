@@ -409,6 +409,23 @@ def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
     assert planner._controller(15).cost == [None, pytest.approx(1.5)]
 
 
+def test_prompts_go_without_drafts_where_rounds_of_the_batch_to_come_do():
+    """One request drafts, sixteen do not: a prompt is drafted for by how many there are, whoever ran last."""
+    now = [0.0]
+    costs = {1: [1.0, 1.1], 16: [1.0, 9.0]}
+    prior = lambda batch: Foretold(costs[1 if batch < 2 else 16])
+    planner = DepthPlanner(MTPSettings(num_steps=1, adaptive=True), prior, clock=lambda: now[0])
+    assert not planner.rests(1)
+    for size in (1, 16):
+        rids, depth = tuple(map(str, range(size))), 1
+        for _ in range(40):
+            planner.begin_round(rids, [depth] * size, [depth] * size, [[]] * size)
+            planner.observe([depth] * size)
+            now[0] += costs[size][depth]
+            depth = planner.next_depth(size)
+    assert [planner.rests(size) for size in (1, 9, 16, 64)] == [False, True, True, True]
+
+
 def test_a_new_batch_size_makes_its_own_first_trial_where_drafts_are_not_known_yet():
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), lambda batch: Foretold([10, 20, 30, 40]))
     for rounds, batch, depth in ((5, 16, 3), (7, 64, 0)):

@@ -21,8 +21,9 @@ def files(request, tmp_path_factory):
 
 
 def test_bytes_are_those_of_the_file(files):
-    models = (model_host.load_gguf(files, draft=draft) for draft in (False, True))
-    cost = replace(RoundCost.of(*models, num_steps=3), pace=Pace(0, 0))
+    backbone, mtp = (model_host.load_gguf(files, draft=draft) for draft in (False, True))
+    mtp.share_with(backbone)
+    cost = replace(RoundCost.of(backbone, mtp, num_steps=3), pace=Pace(0, 0))
     fields = json.loads((files.parent / "config.json").read_text())
     read = traffic.read(files, fields)
     layers = [read.dense[read.layers + i] - read.head for i in range(3)]  # in the file each has its own head

@@ -38,10 +38,15 @@ class RandomDepths(Witness):
 class RestingDepths(RandomDepths):
     """Long times without drafts and with them, prefills among them."""
 
+    resting = False
+
     def next_depth(self, batch_size, owed=0.0):
         if self.chance.random() < 0.1:
-            self.rests = not self.rests
-        return 0 if self.rests else self.chance.choice([0, *range(self.settings.num_steps + 1)])
+            self.resting = not self.resting
+        return 0 if self.resting else self.chance.choice([0, *range(self.settings.num_steps + 1)])
+
+    def rests(self, batch_size):
+        return self.resting
 
 
 def random_prompt(chance, length):
@@ -130,15 +135,30 @@ def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, slidin
 def test_rows_that_a_catch_up_only_passes_through_are_not_taken_for_exact(monkeypatch, hit):
     """A prefix without KV, one request that catches up at its end, and another that hits some of it."""
     worker = make_worker(monkeypatch, 3, adaptive=True, sliding=2000)
-    host, worker.depths.rests = Host(worker), True
+    host, rests = Host(worker), [True]
+    worker.depths.rests = lambda _: rests[0]
     former = host.admit(random_prompt(host.chance, 40))
     host.prefill({former: 40})
     host.release(former, keep=True)
-    ((_, slots),), worker.depths.rests = host.cached, False
+    ((_, slots),), rests[0] = host.cached, False
     for shared in (36, hit):
         made = host.admit([*former.tokens[: shared + 3], 0], shared, slots)
         host.prefill({made: 4})
         assert len(made.drafts) == 3
+
+
+def test_a_prefill_asks_how_rounds_of_all_requests_there_are_then_go(monkeypatch):
+    """Those that decode, and those of the prefill."""
+    worker, sizes = make_worker(monkeypatch, 3, adaptive=True, sliding=2000), []
+    host = Host(worker)
+    worker.depths.rests = lambda size: bool(sizes.append(size))
+    first, second, third = (host.admit(random_prompt(host.chance, 9)) for _ in range(3))
+    host.prefill({first: 9, second: 4})
+    host.round([first])
+    host.prefill({second: 5, third: 9})
+    host.release(first)
+    host.prefill({host.admit(random_prompt(host.chance, 9)): 9})
+    assert sizes == [3, 3, 3]
 
 
 @pytest.mark.parametrize("captured", [(), (2,), (1, 2, 3)])

@@ -11,7 +11,7 @@ from sglang.srt.layers import dp_attention
 from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from sglang_step35.model import moe
+from sglang_step35.model import draft_heads, moe
 from sglang_step35.platform.portable import PortablePlatform
 from tests.support import model_host
 
@@ -43,8 +43,19 @@ def rank_main(rank: int, directory: Path, output: Path, port: int, prompts: list
         mtp = model_host.load(directory, draft=True)
         mtp.share_with(backbone)
         saved = out.next_token_logits, out.hidden_states, model_host.mtp_logits(mtp, out.hidden_states, prompts[0])
+        if mode == "tp":
+            torch.save(_by_rounded_heads(directory, out.hidden_states, prompts[0]), output / f"rounded {rank}")
     if saved is not None:
         torch.save(saved, output / str(rank))
+
+
+def _by_rounded_heads(directory: Path, hidden: torch.Tensor, ids: list[int]) -> list[torch.Tensor]:
+    """The MTP layers' logits in bfloat16, each rank's part of the heads in 8 bits."""
+    draft_heads.LARGE = 1
+    backbone, mtp = (model_host.load(directory, draft=draft, dtype="bfloat16") for draft in (False, True))
+    mtp.share_with(backbone)
+    assert mtp.tables.round_heads() == 3
+    return model_host.mtp_logits(mtp, hidden.bfloat16(), ids)
 
 
 def _pipeline(backbone, ids: list[int], between: Path):

@@ -46,8 +46,14 @@ class Witness(DepthPlanner):
 class Pool:
     """SGLang's request pool: slots of every request's positions."""
 
+    size = POOL
+
     def __init__(self):
         self.req_to_token = torch.zeros(POOL, LENGTH, dtype=torch.int64)
+        self.free_slots = list(range(POOL))
+
+    def available_size(self):
+        return len(self.free_slots)
 
 
 class TargetWorker:
@@ -186,7 +192,7 @@ class Host:
         self.sliding = worker._draft_worker.model.allocator
         self.slots = list(range(1, SLOTS))
         self.chance.shuffle(self.slots)
-        self.indices = list(range(POOL))
+        self.indices = worker.req_to_token_pool.free_slots
         self.cached: list[tuple[list[int], list[int]]] = []  # tokens whose rows are final, and their slots
         self.accepted: list[int] = []
         self.offered: list[int] = []

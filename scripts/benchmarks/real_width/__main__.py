@@ -1,13 +1,15 @@
 """A CPU server at real widths: this package, llama.cpp and transformers on the same weights.
 
     python -m scripts.benchmarks.real_width --folder FILES --results FILE.json [--only ours/bf16 bandwidth]
-        [--llama-server PATH] [--plot FILE.png] [--list]
+        [--llama-server PATH] [--turns 3] [--plot FILE.png] [--list]
 
 The 0.9B checkpoint (`drafted.py`: hidden 1024, 12 + 3 layers, 64 experts of 320, drafts accepted as often as nano's) in
 bf16, FP8 (the routed experts), Q8_0 and Q4_0: speculation off, MTP, adaptive; 1, 4 and 16 clients; prompts of 512 and
-of 4,096 tokens, which several clients share but for their last 64. Then a slice of the published widths, a dense layer
-and one with experts, layer by layer, with a projection of all 45. `--list` names the pieces; `--only` runs some, each
-within minutes, and the results gather in one file. Prints a table and, as the last line, JSON.
+of 4,096 tokens, which several clients share but for their last 64. Cells that differ in their mode alone are measured
+in turns, their servers all alive, and compared within a turn: a shared machine changes its pace within minutes. Then a
+slice of the published widths, a dense layer and one with experts, layer by layer, with a projection of all 45.
+`--list` names the pieces; `--only` runs some, each within minutes, and the results gather in one file. Prints a table
+and, as the last line, JSON.
 """
 
 import argparse
@@ -17,13 +19,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from scripts.benchmarks.real_width import bandwidth, checkpoint, clients, drafted, report, traffic
-from scripts.benchmarks.real_width.cells import MODES, SLICES, TAIL, TOKENS, Cell, Results, cells, chosen, extras
+from scripts.benchmarks.real_width.cells import (
+    MODES,
+    SLICES,
+    TAIL,
+    TOKENS,
+    TURNS,
+    Cell,
+    Results,
+    cells,
+    chosen,
+    extras,
+    in_turns,
+)
 from scripts.benchmarks.real_width.files import drafted_file, slice_file
 from sglang_step35.bench.servers import Server, ServerPool, free_port, start, stop, wait_until_healthy
 
@@ -44,19 +61,25 @@ def main() -> None:
     results = Results(options.results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout`, too, leaves no server behind
     with tempfile.TemporaryDirectory() as logs:
-        pool = ServerPool(Path(logs), alive=1)
+        pool = ServerPool(Path(logs), alive=len(MODES))
         try:
             for name in (name for name in extras() if chosen(name, options.only)):
                 results.add(name, run_extra(name, options))
-            for cell in (cell for cell in plan if chosen(cell.name, options.only)):
-                results.add(cell.name, run(cell, pool, Path(logs), options))
-                print(report.line(cell.name, results.found[cell.name], results.found.get("bandwidth")), flush=True)
+            wanted = (cell for cell in plan if chosen(cell.name, options.only))
+            for compared in in_turns(wanted, options.turns):
+                found = defaultdict(list)
+                for turn, cell in compared:
+                    found[cell].append(run(cell, turn, pool, Path(logs), options))
+                for cell, runs in found.items():
+                    results.add(cell.name, summary(cell, runs, options))
+                    print(report.line(cell.name, results.found[cell.name], results.found.get("bandwidth")), flush=True)
         finally:
             pool.stop_all()
     print(*report.table(results.found), sep="\n")
     if options.plot:
         report.plot(results.found, options.plot)
-    print(json.dumps({"bench": "real_width", "threads": options.threads, "results": results.found}))
+    ratios = report.ratios(results.found)
+    print(json.dumps({"bench": "real_width", "threads": options.threads, "results": results.found, "ratios": ratios}))
 
 
 def parse_options() -> argparse.Namespace:
@@ -67,6 +90,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--llama-args", default="", help="more arguments of it, separated by spaces")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--turns", type=int, default=TURNS, help="of cells that differ in their mode alone")
     parser.add_argument("--tokens", type=int, help="decoded by each client, instead of what suits their number")
     parser.add_argument("--plot", type=Path, help="also write a PNG here")
     parser.add_argument("--list", action="store_true", help="name the pieces and stop")
@@ -96,26 +120,36 @@ def module(options: argparse.Namespace, name: str, *arguments: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(cell: Cell, pool: ServerPool, logs: Path, options: argparse.Namespace) -> dict:
+def run(cell: Cell, turn: int, pool: ServerPool, logs: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Rates of one turn."""
     file, config = drafted_file(cell.form, options.folder), drafted.fields()
-    weights, tokens = traffic.read(file, config), options.tokens or TOKENS[cell.clients]
+    tokens = options.tokens or TOKENS[cell.clients]
     if cell.engine != "ours":
         pool.stop_all()  # another engine has the memory to itself
     if cell.engine == "transformers":
-        start_at = str(starts(cell)[0])
-        rates = module(options, "generate", str(file), start_at, str(cell.prompt), str(tokens))
-        return rates | {"accept": None, "mb_per_token": round(weights.step(1) / 1e6, 1)}
-    texts = prompts(cell, config["vocab_size"])
+        start_at = str(starts(cell, turn)[0])
+        return module(options, "generate", str(file), start_at, str(cell.prompt), str(tokens)) | {"accept": None}
+    texts = prompts(cell, turn, config["vocab_size"])
     if cell.engine == "llama.cpp":
         with llama(file, logs, options) as server:
-            rates = clients.measure(server, clients.ask_llama, texts, tokens, cell.shared)
-    else:
-        threads = {"OMP_NUM_THREADS": str(options.threads)}
-        server = pool.get("--model-path", str(file), *SERVER_ARGS, *MODES[cell.mode], **threads)
-        server.flush_cache()
+            return asdict(clients.measure(server, clients.ask_llama, texts, tokens, cell.shared))
+    threads = {"OMP_NUM_THREADS": str(options.threads)}
+    before = pool.started
+    server = pool.get("--model-path", str(file), *SERVER_ARGS, *MODES[cell.mode], **threads)
+    server.flush_cache()
+    if pool.started > before:
         clients.ask_sglang(server, drafted.text(config["vocab_size"], 0, 64), 16, 0)  # first passes are slow
-        rates = clients.measure(server, clients.ask_sglang, texts, tokens, cell.shared)
-    return asdict(rates) | {"mb_per_token": megabytes(cell, weights, rates.accept)}
+    return asdict(clients.measure(server, clients.ask_sglang, texts, tokens, cell.shared))
+
+
+def summary(cell: Cell, runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the turns, and every turn's rates."""
+    rates = {key: [run[key] for run in runs if run[key] is not None] for key in ("prefill", "decode", "accept")}
+    middle = {key: round(median(values), 2) if values else None for key, values in rates.items()}
+    weights = traffic.read(drafted_file(cell.form, options.folder), drafted.fields())
+    read = {"mb_per_token": megabytes(cell, weights, middle["accept"])}
+    right = {"right": all(run["right"] for run in runs)} if "right" in runs[0] else {}
+    return middle | read | right | {"turns": {key: rates[key] for key in ("prefill", "decode")}}
 
 
 def megabytes(cell: Cell, weights: traffic.Traffic, accept: float | None) -> float | None:
@@ -127,17 +161,17 @@ def megabytes(cell: Cell, weights: traffic.Traffic, accept: float | None) -> flo
     return round(read / cell.clients / (accept or 1) / 1e6, 1)
 
 
-def prompts(cell: Cell, size: int) -> list[list[int]]:
+def prompts(cell: Cell, turn: int, size: int) -> list[list[int]]:
     """For each client, text of its own; of a shared prompt only the last TAIL tokens."""
-    first, *_ = all_starts = starts(cell)
+    first, *_ = all_starts = starts(cell, turn)
     if not cell.shared:
         return [drafted.text(size, at, cell.prompt) for at in all_starts]
     common = drafted.text(size, first, cell.prompt - TAIL)
     return [common + drafted.text(size, at, TAIL) for at in all_starts]
 
 
-def starts(cell: Cell) -> list[int]:
-    return [1000 + 1900 * client + cell.prompt for client in range(cell.clients)]
+def starts(cell: Cell, turn: int) -> list[int]:
+    return [1000 + 1900 * client + cell.prompt + 613 * turn for client in range(cell.clients)]
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What the benchmark measures, in pieces that run on their own: names, order, selection, one file of results."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ SLICES = ("Q4_K", "int4")
 MODES = {"off": (), "mtp": MTP_ARGS, "adaptive": (*MTP_ARGS, "--speculative-adaptive")}
 CLIENTS, PROMPTS = (1, 4, 16), (512, 4096)
 TOKENS = {1: 96, 4: 64, 16: 32}  # decoded by each of so many clients
+TURNS = 3  # of cells that are compared
 TAIL = 64  # tokens of a long prompt that several clients do not share
 LLAMA_LONGEST = 20_000  # prompt tokens of all slots together, which share none: minutes otherwise
 
@@ -39,13 +42,13 @@ class Cell:
 
 
 def cells(llama: bool) -> list[Cell]:
-    """In an order that starts every server once."""
+    """In an order that starts every server once, while those of all modes stay alive."""
     found = [
         Cell("ours", form, mode, clients, prompt)
         for form in FORMATS
-        for mode in MODES
         for prompt in PROMPTS
         for clients in CLIENTS
+        for mode in MODES
     ]
     found += [Cell("transformers", "bf16", "off", 1, prompt) for prompt in PROMPTS]
     found += [
@@ -56,6 +59,13 @@ def cells(llama: bool) -> list[Cell]:
         if llama and clients * prompt <= LLAMA_LONGEST
     ]
     return found
+
+
+def in_turns(plan: Iterable[Cell], turns: int) -> Iterator[list[tuple[int, Cell]]]:
+    """Cells that differ in their mode alone, each `turns` times: (turn, cell), another mode first in every turn."""
+    for _, group in groupby(plan, key=lambda cell: (cell.engine, cell.form, cell.clients, cell.prompt)):
+        modes = list(group)
+        yield [(turn, modes[(turn + i) % len(modes)]) for turn in range(turns) for i in range(len(modes))]
 
 
 def extras() -> list[str]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from scripts.benchmarks.real_width.cells import CLIENTS, SLICES
+from scripts.benchmarks.real_width.cells import CLIENTS, MODES, SLICES
 
 MACHINES = (120, 256)  # GB/s of memory to project to
 DENSE, LAYERS = 3, 45  # of the published model
@@ -18,9 +19,35 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     for name, cell in found.items():
         if isinstance(cell, dict) and "decode" in cell:
             yield line(name, cell, found.get("bandwidth"))
+    for name, ratio in ratios(found).items():
+        yield f"{name:32}" + ", ".join(f"{what} {value:.2f}" for what, value in ratio.items())
     for form in SLICES:
         if f"layers/{form}" in found:
             yield from _slice(form, found[f"layers/{form}"], found.get("bandwidth"))
+
+
+def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By cell without its mode: medians over the turns of what each mode gave for another.
+
+    adaptive: for the better of the others, which is the one that was better in median.
+    """
+    compared = {}
+    for name in (name for name in found if "/off/" in name):
+        modes = {mode: found.get(name.replace("/off/", f"/{mode}/"), {}).get("turns") for mode in MODES}
+        if not all(modes.values()):
+            continue
+        decode = {mode: turns["decode"] for mode, turns in modes.items()}
+        better = max(("off", "mtp"), key=lambda mode: median(decode[mode]))
+        ratio = {"MTP over off": _over(decode["mtp"], decode["off"])}
+        ratio |= {"adaptive over the better": _over(decode["adaptive"], decode[better])}
+        if modes["off"]["prefill"]:
+            ratio |= {"prefill, MTP over off": _over(modes["mtp"]["prefill"], modes["off"]["prefill"])}
+        compared[name.replace("/off/", "/")] = ratio
+    return compared
+
+
+def _over(these: list[float], those: list[float]) -> float:
+    return round(median(a / b for a, b in zip(these, those, strict=True)), 3)
 
 
 def line(name: str, cell: dict[str, Any], bandwidth: float | None) -> str:
