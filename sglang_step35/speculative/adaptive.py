@@ -23,8 +23,8 @@ class AdaptiveSettings:
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
     Other depths are measured anew as often as the tokens that this loses, as far as is known, stay
-    below a share of `regret`, but not within probe_every rounds; the first time `curious` times as
-    soon, and plain decoding at once. The first trial of all goes on for first_drafts drafts of the first
+    below a share of `regret`, of `regret_of_costs` those below the depth in use, which tell nothing else,
+    but not within probe_every rounds; the first time `curious` times as soon, and plain decoding at once. The first trial of all goes on for first_drafts drafts of the first
     layer. Where measuring fails for `patience` rounds, because the batch keeps changing, the former cost
     stands. gain is the advantage needed to change depth, so that noise does not. What the first pass with drafts
     has to catch up with is to be earned within `horizon` rounds.
@@ -37,6 +37,7 @@ class AdaptiveSettings:
     window: int = 32
     enough: int = 3
     regret: float = 0.01
+    regret_of_costs: float = 0.004
     probe_every: int = 16
     first_drafts: int = 12
     curious: int = 4
@@ -234,7 +235,8 @@ class DepthController:
         else:
             lost = 1 - rates[kind] / max(rates)
         others = len(self._waited) - 1
-        rounds = ((settings.enough + 1) * lost + self._catch_up(kind)) * others / settings.regret
+        share = settings.regret if kind > self.depth else settings.regret_of_costs
+        rounds = ((settings.enough + 1) * lost + self._catch_up(kind)) * others / share
         return max(settings.probe_every, rounds if kind in self._tried else rounds / settings.curious)
 
     def _catch_up(self, kind: int) -> float:

@@ -51,7 +51,7 @@ class DraftSampler:
         self.silent: Sequence[bool] = ()  # requests that a pass cannot draft for; none: all are drafted for
         self.drafts: list[Tensor] = []
         self.probs: list[Tensor] = []
-        self.confidences: list[list[float]] = []  # per layer and request
+        self.confidences: list[list[float]] = []  # per layer and request, of all layers but the last
 
     def __call__(self, layer: int, logits: Tensor) -> Tensor:
         """Drafts [B] int64 from logits [B, V]."""
@@ -63,7 +63,7 @@ class DraftSampler:
             self.probs.append(proposal)
         else:
             draft = greedy_choice(logits)
-        if self.stop_rule is not None:
+        if self.stop_rule is not None and layer < self.num_steps - 1:  # behind the last there is nothing to stop
             probs = proposal if self.sampled else logits.float().softmax(-1)
             self.confidences.append(self.ranks.same(probs.gather(1, draft[:, None])).squeeze(1).tolist())
         if self.grammars is not None:

@@ -26,7 +26,12 @@ POOL, LENGTH, VOCAB, HIDDEN, STEPS, PROMPT = 64, 256, 1000, 16, 3, 40
 
 
 class Pool:
-    """SGLang's request pool."""
+    """SGLang's request pool, all of it in use."""
+
+    size = POOL
+
+    def available_size(self):
+        return 0
 
     def __init__(self):
         self.req_to_token = torch.zeros(POOL, LENGTH, dtype=torch.int32, device=CUDA)
