@@ -23,11 +23,12 @@ class AdaptiveSettings:
     A round's cost is the lower quartile of the last `window` rounds of its depth, at least
     `enough` of them: whatever else the machine does only ever adds time.
     Other depths are measured anew as often as the tokens that this loses, as far as is known, stay
-    below a share of `regret`, of `regret_of_costs` those below the depth in use, which tell nothing else,
-    but not within probe_every rounds; the first time `curious` times as soon, and plain decoding at once. The first trial of all goes on for first_drafts drafts of the first
-    layer. Where measuring fails for `patience` rounds, because the batch keeps changing, the former cost
-    stands. gain is the advantage needed to change depth, so that noise does not. What the first pass with drafts
-    has to catch up with is to be earned within `horizon` rounds.
+    below a share of `regret`, of `regret_of_costs` those below the depth in use, which show nothing else,
+    but not within probe_every rounds; the first time `curious` times as soon, and plain decoding at once.
+    The first trial of all goes on for first_drafts drafts of the first layer. Where measuring fails for
+    `patience` rounds, because the batch keeps changing, the former cost stands. gain is the advantage
+    needed to change depth, so that noise does not. What the first pass with drafts has to catch up with is
+    to be earned within `horizon` rounds.
     """
 
     max_depth: int
