@@ -134,6 +134,18 @@ def test_measuring_other_depths_costs_about_the_share_allowed():
     assert probes > 3 and seconds < 1.012 * 2000 * COST[0]
 
 
+def test_depths_below_the_one_in_use_are_measured_more_rarely():
+    """Where every draft comes true, they show nothing but what they cost."""
+    controller, _, _ = simulate([1.0] * 3, 3000)
+    tokens = seconds = probes = 0
+    for _ in range(6000):
+        depth = controller.next_depth()
+        probes, tokens, seconds = probes + (depth < 3), tokens + depth + 1, seconds + COST[depth]
+        controller.observe_round(depth, COST[depth])
+        controller.observe_acceptance([1] * depth + [0] * (3 - depth), [1] * depth + [0] * (3 - depth))
+    assert probes > 9 and tokens / seconds > 0.995 * 4 / COST[3]
+
+
 def test_slow_rounds_do_not_change_the_cost():
     controller, _, _ = simulate([0.9] * 3, 200, noise=0)
     for _ in range(8):
