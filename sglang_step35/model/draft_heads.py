@@ -41,7 +41,7 @@ class DraftHeads:
         if rows * columns < LARGE or not can_round(matrix):
             return None
         copy = self._make()
-        copy.qweight.parts[None] = rounded(matrix)
+        copy.qweight.parts[None], copy.qweight.given[None] = rounded(matrix), matrix
         return copy
 
     def _renew(self) -> None:
@@ -49,7 +49,8 @@ class DraftHeads:
         self._updates = weight_updates()
         for head, copy in self._copies.items():
             if copy is not None:
-                copy.qweight.parts[None].data.copy_(rounded(_matrix(head)).data)
+                matrix = copy.qweight.given[None] = _matrix(head)
+                copy.qweight.parts[None].data.copy_(rounded(matrix).data)
 
 
 def _matrix(head: VocabParallelEmbedding) -> PackedTensor:

@@ -109,8 +109,14 @@ class PackedTable(PackedLinear):
         layer.params_dtype = params_dtype
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, H] -> logits [T, rows of the longest rank], which the ranks can gather."""
-        logits = super().apply(layer, x, bias)
+        """x [T, H] -> logits [T, rows of the longest rank], which the ranks can gather.
+
+        Of float32, which `--enable-fp32-lm-head` makes of it, by the rows as they were given, exactly.
+        """
+        rows = layer.qweight.as_given() if x.dtype is torch.float32 else layer.qweight.rows()
+        logits = kernel.linear(x, rows)
+        if bias is not None:
+            logits = logits + bias
         return F.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:

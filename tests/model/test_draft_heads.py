@@ -77,6 +77,14 @@ def test_layers_that_share_a_head_share_its_copy(directory):
     assert tables.draft_head(0) is tables.draft_head(2) is not tables.head(0)
 
 
+def test_float32_activations_meet_the_head_itself(directory):
+    """Those of `--enable-fp32-lm-head`."""
+    tables, hidden = shared_heads(directory).model.tables, torch.randn(3, 64)
+    tables.round_heads()
+    copy, head = tables.draft_head(0), tables.head(0)
+    assert torch.allclose(copy.quant_method.apply(copy, hidden), hidden @ head.weight.float().T, atol=1e-5)
+
+
 def test_verification_reads_the_head_itself(directory):
     server = bfloat16(directory)
     before = model_host.all_logits(server.backbone, prompts(9)[0])

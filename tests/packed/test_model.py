@@ -133,6 +133,14 @@ def test_equal_heads_and_embeddings_are_shared(tmp_path, dtype):
     assert heads == ["Q8_0_R8" if interleaved else "Q8_0"] * 3
 
 
+def test_a_head_of_float32_activations(tmp_path):
+    """What `--enable-fp32-lm-head` multiplies by, however the kernels order the rows: to the last bit nothing rounded."""
+    file, reference = converted(tmp_path, SMALL, lambda name: Q.Q8_0)
+    head, hidden = model_host.load_gguf(file, dtype="bfloat16").lm_head, torch.randn(5, 64)
+    expected = hidden @ reference.weights["lm_head.weight"].float().T
+    assert (head.quant_method.apply(head, hidden) - expected).abs().max() < TOLERANCE
+
+
 def test_a_config_beside_the_file_counts(tmp_path):
     """SGLang reads it first; a checkpoint whose metadata lack something is served so."""
     file, reference = converted(tmp_path, SMALL, lambda name: Q.Q8_0, edit=lambda m, t: m.pop("step35.rope.freq_base"))
