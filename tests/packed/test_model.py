@@ -134,7 +134,7 @@ def test_equal_heads_and_embeddings_are_shared(tmp_path, dtype):
 
 
 def test_a_head_of_float32_activations(tmp_path):
-    """What `--enable-fp32-lm-head` multiplies by, however the kernels order the rows: to the last bit nothing rounded."""
+    """Those of `--enable-fp32-lm-head`, however the kernels order the rows."""
     file, reference = converted(tmp_path, SMALL, lambda name: Q.Q8_0)
     head, hidden = model_host.load_gguf(file, dtype="bfloat16").lm_head, torch.randn(5, 64)
     expected = hidden @ reference.weights["lm_head.weight"].float().T

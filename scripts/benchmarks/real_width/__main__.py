@@ -5,11 +5,11 @@
 
 The 0.9B checkpoint (`drafted.py`: hidden 1024, 12 + 3 layers, 64 experts of 320, drafts accepted as often as nano's) in
 bf16, FP8 (the routed experts), Q8_0 and Q4_0: speculation off, MTP, adaptive; 1, 4 and 16 clients; prompts of 512 and
-of 4,096 tokens, which several clients share but for their last 64. Cells that differ in their mode alone are measured
-in turns, their servers all alive, and compared within a turn: a shared machine changes its pace within minutes. Then a
-slice of the published widths, a dense layer and one with experts, layer by layer, with a projection of all 45.
-`--list` names the pieces; `--only` runs some, each within minutes, and the results gather in one file. Prints a table
-and, as the last line, JSON.
+of 4,096 tokens, which several clients share but for their last 64. The modes and llama.cpp are measured in turns, their
+servers all alive, and compared within a turn: a shared machine changes its pace within minutes. Then a slice of the
+published widths, a dense layer and one with experts, layer by layer, with a projection of all 45. `--list` names the
+pieces; `--only` runs some, each within minutes, and the results gather in one file. Prints a table and, as the last
+line, JSON.
 """
 
 import argparse
@@ -20,8 +20,6 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -61,7 +59,7 @@ def main() -> None:
     results = Results(options.results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout`, too, leaves no server behind
     with tempfile.TemporaryDirectory() as logs:
-        pool = ServerPool(Path(logs), alive=len(MODES))
+        pool, llama = ServerPool(Path(logs), alive=len(MODES)), Llama(Path(logs), options)
         try:
             for name in (name for name in extras() if chosen(name, options.only)):
                 results.add(name, run_extra(name, options))
@@ -69,12 +67,13 @@ def main() -> None:
             for compared in in_turns(wanted, options.turns):
                 found = defaultdict(list)
                 for turn, cell in compared:
-                    found[cell].append(run(cell, turn, pool, Path(logs), options))
+                    found[cell].append(run(cell, turn, pool, llama, options))
                 for cell, runs in found.items():
                     results.add(cell.name, summary(cell, runs, options))
                     print(report.line(cell.name, results.found[cell.name], results.found.get("bandwidth")), flush=True)
         finally:
             pool.stop_all()
+            llama.stop()
     print(*report.table(results.found), sep="\n")
     if options.plot:
         report.plot(results.found, options.plot)
@@ -90,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--llama-args", default="", help="more arguments of it, separated by spaces")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--turns", type=int, default=TURNS, help="of cells that differ in their mode alone")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of every cell")
     parser.add_argument("--tokens", type=int, help="decoded by each client, instead of what suits their number")
     parser.add_argument("--plot", type=Path, help="also write a PNG here")
     parser.add_argument("--list", action="store_true", help="name the pieces and stop")
@@ -120,19 +119,18 @@ def module(options: argparse.Namespace, name: str, *arguments: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(cell: Cell, turn: int, pool: ServerPool, logs: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(cell: Cell, turn: int, pool: ServerPool, llama: "Llama", options: argparse.Namespace) -> dict[str, Any]:
     """Rates of one turn."""
     file, config = drafted_file(cell.form, options.folder), drafted.fields()
     tokens = options.tokens or TOKENS[cell.clients]
-    if cell.engine != "ours":
-        pool.stop_all()  # another engine has the memory to itself
     if cell.engine == "transformers":
+        pool.stop_all()  # it has the memory to itself
+        llama.stop()
         start_at = str(starts(cell, turn)[0])
         return module(options, "generate", str(file), start_at, str(cell.prompt), str(tokens)) | {"accept": None}
     texts = prompts(cell, turn, config["vocab_size"])
     if cell.engine == "llama.cpp":
-        with llama(file, logs, options) as server:
-            return asdict(clients.measure(server, clients.ask_llama, texts, tokens, cell.shared))
+        return asdict(clients.measure(llama.get(file), clients.ask_llama, texts, tokens, cell.shared))
     threads = {"OMP_NUM_THREADS": str(options.threads)}
     before = pool.started
     server = pool.get("--model-path", str(file), *SERVER_ARGS, *MODES[cell.mode], **threads)
@@ -174,23 +172,37 @@ def starts(cell: Cell, turn: int) -> list[int]:
     return [1000 + 1900 * client + cell.prompt + 613 * turn for client in range(cell.clients)]
 
 
-@contextmanager
-def llama(file: Path, logs: Path, options: argparse.Namespace) -> Iterator[Server]:
-    """llama.cpp's server with SLOTS slots, on the GGUF file; for bf16 on one of that type."""
-    port, log = free_port(), logs / "llama-server.log"
-    if file.is_dir():
-        file = drafted_file("BF16", options.folder)
-    command = [
-        str(options.llama_server), "-m", str(file), "--port", str(port), "--host", "127.0.0.1",
-        "-t", str(options.threads), "-tb", str(options.threads), "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT),
-        *options.llama_args.split(),
-    ]  # fmt: skip
-    server = Server(tuple(command), f"http://127.0.0.1:{port}", log, start(command, dict(os.environ), log))
-    try:
-        wait_until_healthy(server)
-        yield server
-    finally:
-        stop(server)
+class Llama:
+    """llama.cpp's server with SLOTS slots, of the GGUF file asked for last; for bf16 of one of that type."""
+
+    def __init__(self, logs: Path, options: argparse.Namespace):
+        self.log, self.options = logs / "llama-server.log", options
+        self.file: Path | None = None
+        self.server: Server | None = None
+
+    def get(self, file: Path) -> Server:
+        if self.server is None or file != self.file:
+            self.stop()
+            self.file, self.server = file, self._start(file)
+            wait_until_healthy(self.server)
+        return self.server
+
+    def _start(self, file: Path) -> Server:
+        port, options = free_port(), self.options
+        if file.is_dir():
+            file = drafted_file("BF16", options.folder)
+        command = [
+            str(options.llama_server), "-m", str(file), "--port", str(port), "--host", "127.0.0.1",
+            "-t", str(options.threads), "-tb", str(options.threads), "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT),
+            *options.llama_args.split(),
+        ]  # fmt: skip
+        process = start(command, dict(os.environ), self.log)
+        return Server(tuple(command), f"http://127.0.0.1:{port}", self.log, process)
+
+    def stop(self) -> None:
+        if self.server is not None:
+            stop(self.server)
+        self.server = None
 
 
 if __name__ == "__main__":

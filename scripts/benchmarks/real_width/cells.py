@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -42,30 +42,21 @@ class Cell:
 
 
 def cells(llama: bool) -> list[Cell]:
-    """In an order that starts every server once, while those of all modes stay alive."""
-    found = [
-        Cell("ours", form, mode, clients, prompt)
-        for form in FORMATS
-        for prompt in PROMPTS
-        for clients in CLIENTS
-        for mode in MODES
-    ]
-    found += [Cell("transformers", "bf16", "off", 1, prompt) for prompt in PROMPTS]
-    found += [
-        Cell("llama.cpp", form, "off", clients, prompt)
-        for form in LLAMA_FORMATS
-        for prompt in PROMPTS
-        for clients in CLIENTS
-        if llama and clients * prompt <= LLAMA_LONGEST
-    ]
-    return found
+    """In an order that starts every server once, while those of one format stay alive."""
+    found = []
+    for form, prompt, clients in product(FORMATS, PROMPTS, CLIENTS):
+        found += [Cell("ours", form, mode, clients, prompt) for mode in MODES]
+        if llama and form in LLAMA_FORMATS and clients * prompt <= LLAMA_LONGEST:
+            found.append(Cell("llama.cpp", form, "off", clients, prompt))
+    return found + [Cell("transformers", "bf16", "off", 1, prompt) for prompt in PROMPTS]
 
 
 def in_turns(plan: Iterable[Cell], turns: int) -> Iterator[list[tuple[int, Cell]]]:
-    """Cells that differ in their mode alone, each `turns` times: (turn, cell), another mode first in every turn."""
-    for _, group in groupby(plan, key=lambda cell: (cell.engine, cell.form, cell.clients, cell.prompt)):
-        modes = list(group)
-        yield [(turn, modes[(turn + i) % len(modes)]) for turn in range(turns) for i in range(len(modes))]
+    """Cells that are compared, each `turns` times: (turn, cell), another one first in every turn."""
+    alone = lambda cell: (cell.engine == "transformers", cell.form, cell.clients, cell.prompt)
+    for _, group in groupby(plan, key=alone):
+        compared = list(group)
+        yield [(turn, compared[(turn + i) % len(compared)]) for turn in range(turns) for i in range(len(compared))]
 
 
 def extras() -> list[str]:

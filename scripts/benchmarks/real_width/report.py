@@ -29,10 +29,11 @@ def table(found: dict[str, Any]) -> Iterator[str]:
 def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By cell without its mode: medians over the turns of what each mode gave for another.
 
-    adaptive: for the better of the others, which is the one that was better in median.
+    adaptive: for the better of the others, which is the one that was better in median. llama.cpp: what the better of
+    the others gave for it, and the prefill without MTP.
     """
     compared = {}
-    for name in (name for name in found if "/off/" in name):
+    for name in (name for name in found if name.startswith("ours/") and "/off/" in name):
         modes = {mode: found.get(name.replace("/off/", f"/{mode}/"), {}).get("turns") for mode in MODES}
         if not all(modes.values()):
             continue
@@ -42,6 +43,9 @@ def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         ratio |= {"adaptive over the better": _over(decode["adaptive"], decode[better])}
         if modes["off"]["prefill"]:
             ratio |= {"prefill, MTP over off": _over(modes["mtp"]["prefill"], modes["off"]["prefill"])}
+        if llama := found.get(name.replace("ours/", "llama.cpp/"), {}).get("turns"):
+            ratio |= {"over llama.cpp": _over(decode[better], llama["decode"])}
+            ratio |= {"prefill over llama.cpp": _over(modes["off"]["prefill"], llama["prefill"])}
         compared[name.replace("/off/", "/")] = ratio
     return compared
 
