@@ -43,7 +43,8 @@ def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         ratio |= {"adaptive over the better": _over(decode["adaptive"], decode[better])}
         if modes["off"]["prefill"]:
             ratio |= {"prefill, MTP over off": _over(modes["mtp"]["prefill"], modes["off"]["prefill"])}
-        if llama := found.get(name.replace("ours/", "llama.cpp/"), {}).get("turns"):
+        llama = found.get(name.replace("ours/", "llama.cpp/"), {}).get("turns")
+        if llama and len(llama["decode"]) == len(decode["off"]):  # measured in the same turns
             ratio |= {"over llama.cpp": _over(decode[better], llama["decode"])}
             ratio |= {"prefill over llama.cpp": _over(modes["off"]["prefill"], llama["prefill"])}
         compared[name.replace("/off/", "/")] = ratio
