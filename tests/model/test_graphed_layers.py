@@ -8,8 +8,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 
-from sglang_step35.model import graphed_layers
-from sglang_step35.packed import ik_check, ik_rows
+from sglang_step35.model import graphed_layers, layer_steps, single_rank
+from sglang_step35.model.weights import refresh
+from sglang_step35.packed import ik_check, ik_library, ik_rows
 from tests.packed.test_model import K_WIDE, SMALL, converted, k_mix
 from tests.support import model_host, quantised
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -112,6 +113,70 @@ def test_fp8_weights(tmp_path, monkeypatch, length):
     reference = Reference(json.loads((directory / "config.json").read_text()), meaning)
     check_hidden(model_host.load(directory, dtype="bfloat16"), reference, length)
     assert len(steps) > 2 * SMALL.num_layers
+
+
+def test_new_weights(directory, backbone):
+    """Another checkpoint in the same memory, and in other memory."""
+    other = make_checkpoint(directory.parent / "other", CheckpointShape(), seed=1)
+    ids = prompt(9)
+    model_host.all_logits(backbone, ids)
+    fresh = dict(model_host.load(other).named_parameters())
+    for name, parameter in backbone.named_parameters():
+        if "norm" in name:
+            parameter.data.copy_(fresh[name].data)
+        else:
+            parameter.data = fresh[name].data
+    refresh(backbone)
+    assert (model_host.all_logits(backbone, ids) - load_reference(other).logits(ids)).abs().max() < TOLERANCE
+
+
+def test_a_full_arena(directory, backbone, monkeypatch):
+    monkeypatch.setattr(ik_library, "ARENA_BYTES", 200_000)
+    monkeypatch.setattr(ik_library, "library", lambda: ik_library.Library(ik_library.library_path()))
+    library = ik_library.library()
+    monkeypatch.setattr(ik_library, "library", lambda: library)
+    for length in (9, 10, 11, 9):
+        found = model_host.all_logits(backbone, prompt(length))
+        assert (found - load_reference(directory).logits(prompt(length))).abs().max() < TOLERANCE
+
+
+def test_what_lies_between_the_steps_must_fit(backbone, monkeypatch):
+    monkeypatch.setattr(layer_steps, "bytes_between", lambda layer: 64)
+    with pytest.raises(MemoryError, match="a graph needs"):
+        model_host.all_logits(backbone, prompt(9))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "graphs"),
+    [*((rows, "bfloat16", 0 < rows <= 64) for rows in (0, 1, 64, 65)), (1, "float32", False)],
+)
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_when(monkeypatch, loaded, rows, dtype, kind, graphs):
+    layers, ways = loaded[kind].model.graphed, []
+    monkeypatch.setattr(layers, "by_graphs", lambda x, batch: ways.append(True), raising=False)
+    monkeypatch.setattr(single_rank, "decoder_layers", lambda layers, x, batch: ways.append(False))
+    layers(torch.zeros(rows, 64, dtype=getattr(torch, dtype)), None)
+    assert ways == [graphs]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Models in bfloat16, by the type of their weights."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return {
+        kind: model_host.load_gguf(converted(folder / kind, SMALL, lambda name: Q[kind])[0], dtype="bfloat16")  # noqa: B023
+        for kind in ("BF16", "Q8_0")
+    }
+
+
+def test_weights_that_the_library_does_not_read(backbone, monkeypatch):
+    """One is enough: the layers then run in plain torch."""
+    monkeypatch.setattr(layer_steps.ik_kernel, "reads", lambda part: part.shape[0] != 512)
+    layers = graphed_layers.GraphedLayers(backbone.model.layers)
+    assert layers._faster(torch.zeros(1, 64, dtype=torch.bfloat16))
+    monkeypatch.setattr(layer_steps.ik_kernel, "reads", lambda part: False)
+    layers.refresh()
+    assert not layers._faster(torch.zeros(1, 64, dtype=torch.bfloat16))
 
 
 def recorded_steps(monkeypatch, name: str) -> list:
