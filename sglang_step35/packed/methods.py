@@ -94,8 +94,12 @@ class PackedLinear(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, columns] -> [T, rows]."""
-        out = kernel.linear(x, layer.qweight.rows())
+        out = kernel.linear(x, self._rows(layer, x))
         return out if bias is None else out + bias
+
+    def _rows(self, layer: nn.Module, _x: Tensor) -> list[PackedTensor]:
+        """The parts that x is multiplied by."""
+        return layer.qweight.rows()
 
 
 class PackedTable(PackedLinear):
@@ -109,15 +113,13 @@ class PackedTable(PackedLinear):
         layer.params_dtype = params_dtype
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, H] -> logits [T, rows of the longest rank], which the ranks can gather.
-
-        Of float32, which `--enable-fp32-lm-head` makes of it, by the rows as they were given, exactly.
-        """
-        rows = layer.qweight.as_given() if x.dtype is torch.float32 else layer.qweight.rows()
-        logits = kernel.linear(x, rows)
-        if bias is not None:
-            logits = logits + bias
+        """x [T, H] -> logits [T, rows of the longest rank], which the ranks can gather."""
+        logits = super().apply(layer, x, bias)
         return F.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
+
+    def _rows(self, layer: nn.Module, x: Tensor) -> list[PackedTensor]:
+        """By x in float32, which `--enable-fp32-lm-head` makes of it, those that were given: exactly."""
+        return layer.qweight.as_given() if x.dtype is torch.float32 else layer.qweight.rows()
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """ids [T] -> [T, H] in the model's dtype."""

@@ -65,12 +65,10 @@ def prepared(tensor: PackedTensor) -> PackedTensor:
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
         return tensor
-    interleaves = kind.name in INTERLEAVED and tensor.shape[-2] % INTERLEAVED[kind.name][1] == 0
     if isinstance(tensor, GGMLTensor):
-        if not (interleaves and _memory_allows(tensor.nbytes)):
+        if not (_interleaves(tensor, kind) and _memory_allows(tensor.nbytes)):
             return tensor
-    written = _write(tensor, kind)
-    return _interleave(written) if interleaves else written
+    return _put(tensor, kind)
 
 
 def can_round(tensor: PackedTensor) -> bool:
@@ -81,8 +79,18 @@ def can_round(tensor: PackedTensor) -> bool:
 
 def rounded(tensor: GGMLTensor) -> GGMLTensor:
     """A copy in 8 bits, a scale for every 32 columns, put as kernels read it fastest; off by half a percent."""
-    written = _write(tensor, TYPES["Q8_0"])
-    return written if tensor.shape[0] % INTERLEAVED["Q8_0"][1] else _interleave(written)
+    return _put(tensor, TYPES["Q8_0"])
+
+
+def _interleaves(tensor: PackedTensor, kind: GGMLType) -> bool:
+    """Whether the library interleaves so many rows of this type."""
+    return kind.name in INTERLEAVED and tensor.shape[-2] % INTERLEAVED[kind.name][1] == 0
+
+
+def _put(tensor: PackedTensor, kind: GGMLType) -> GGMLTensor:
+    """A copy of this type, interleaved where it can be."""
+    written = _write(tensor, kind)
+    return _interleave(written) if _interleaves(tensor, kind) else written
 
 
 def _float8(tensor: PackedTensor) -> PackedTensor:
