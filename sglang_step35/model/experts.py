@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sglang_step35.model.mlp import swiglu
 from sglang_step35.model.product import as_ggml, is_large
-from sglang_step35.packed import ik_kernel, ik_rows
+from sglang_step35.packed import amx_rows, ik_kernel, ik_rows
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 
 # What one small matrix product costs in Python and dispatch, in multiplications of a CPU core.
@@ -115,8 +115,8 @@ def _by_expert(ids: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int]]
 
 
 def _ggml_is_faster(ids: Tensor, w2: Tensor) -> bool:
-    """As many rows of an expert as `ik_rows.py` takes, or torch without bfloat16 instructions."""
-    return ids.numel() <= ik_rows.ROWS * len(w2) or not multiplies_bfloat16()
+    """As many rows of an expert as `ik_rows.py` takes, or torch without bfloat16 instructions, or those of AMX."""
+    return ids.numel() <= ik_rows.ROWS * len(w2) or not multiplies_bfloat16() or amx_rows.supported()
 
 
 def _dense_is_cheaper(ids: Tensor, w2: Tensor) -> bool:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sglang_step35.packed import ik_library, ik_rows
+from sglang_step35.packed import amx_rows, ik_library, ik_rows
 from sglang_step35.packed.ik_library import F32, FLOAT, I32, Graph, Library, set_strides
 from sglang_step35.packed.ik_weights import Readable, kind_of, operand, place, reads
 from sglang_step35.packed.tensor import PackedTensor
 
 # Tokens of one expert call: between gate/up and down it keeps k (I + H) floats of each, 90 MB for the published widths.
 EXPERT_TOKENS = 512
+AMX_TOKENS = 2048  # each expert's weights are unpacked once for all its rows: of 288 experts 14 a call are too few
 
 
 def reads_experts(gate: PackedTensor, up: PackedTensor, down: PackedTensor) -> bool:
@@ -50,8 +51,9 @@ def experts(
     library, threads = ik_library.library(), torch.get_num_threads()
     out = torch.empty(x.shape, dtype=torch.float32)
     wide, numbers, weights = x.float().contiguous(), ids.int().contiguous(), weights.float().contiguous()
-    for start in range(0, len(x), EXPERT_TOKENS):
-        cut = slice(start, start + EXPERT_TOKENS)
+    at_once = AMX_TOKENS if amx_rows.supported() else EXPERT_TOKENS
+    for start in range(0, len(x), at_once):
+        cut = slice(start, start + at_once)
         shape = (*numbers[cut].shape, *down.shape)  # T, k, E, H, I
         key = ("experts", shape, kind_of(gate), kind_of(down), limit, threads)
         run = library.graph(key, lambda: _Experts(library, *key[1:]))  # noqa: B023

@@ -1,7 +1,8 @@
 """Products as steps of ggml's graphs: the library's own, `int8_rows.py` for weights that it interleaved where the CPU
-multiplies int8, `float8_kernels.py` for FP8, or `row_kernels.py` for up to 64 rows and bfloat16 weights.
+multiplies int8, `float8_kernels.py` for FP8, `row_kernels.py` for up to 64 rows and bfloat16 weights, or
+`amx_rows.py` for many rows where the CPU has AMX.
 
-The latter rounds activations to bfloat16 where more than 8 rows share a matrix, as torch's product does.
+`row_kernels.py` rounds activations to bfloat16 where more than 8 rows share a matrix, as torch's product does.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, E experts,
 k chosen experts of a token, T tokens.
@@ -9,7 +10,7 @@ k chosen experts of a token, T tokens.
 
 from collections.abc import Callable
 
-from sglang_step35.packed import int8_rows
+from sglang_step35.packed import amx_rows, int8_rows
 from sglang_step35.packed.ggml import TYPES
 from sglang_step35.packed.ik_library import SILU, Library, float_bits
 from sglang_step35.packed.ik_weights import FLOAT8
@@ -58,6 +59,8 @@ def _rows_of_each(ids, weight) -> float:
 
 def _ours(rows: float, *weights) -> Callable | None:
     """What makes the step by a kernel of ours; None where the library multiplies."""
+    if amx_rows.takes(rows, *weights):
+        return amx_rows.step
     if int8_rows.takes(rows, *weights):
         return int8_rows.step
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]

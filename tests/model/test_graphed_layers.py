@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Q
 
 from sglang_step35.model import graphed_layers, layer_steps, single_rank
 from sglang_step35.model.weights import refresh
-from sglang_step35.packed import ik_check, ik_library, ik_rows
+from sglang_step35.packed import amx_rows, ik_check, ik_library, ik_rows
 from tests.packed.test_model import K_WIDE, SMALL, converted, k_mix
 from tests.support import model_host, quantised
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
@@ -115,6 +115,24 @@ def test_fp8_weights(tmp_path, monkeypatch, length):
     assert len(steps) > 2 * SMALL.num_layers
 
 
+@pytest.mark.skipif(not amx_rows.supported(), reason="the CPU has no AMX")
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "FP8"])
+def test_many_rows_by_amx(tmp_path, monkeypatch, kind):
+    steps, step = [], amx_rows.step
+    monkeypatch.setattr(amx_rows, "step", lambda *operands, **limit: steps.append(1) or step(*operands, **limit))
+    shape = replace(SMALL, residual=0.1)
+    if kind == "FP8":
+        directory = make_checkpoint(tmp_path, shape)
+        meaning = quantised.write(directory, quantised.fp8((32, 32)))
+        reference = Reference(json.loads((directory / "config.json").read_text()), meaning)
+        model = model_host.load(directory, dtype="bfloat16")
+    else:
+        file, reference = converted(tmp_path, shape, lambda name: Q[kind])
+        model = model_host.load_gguf(file, dtype="bfloat16")
+    check_hidden(model, reference, 40)
+    assert len(steps) > 2 * SMALL.num_layers
+
+
 def test_new_weights(directory, backbone):
     """Another checkpoint in the same memory, and in other memory."""
     other = make_checkpoint(directory.parent / "other", CheckpointShape(), seed=1)
@@ -180,7 +198,8 @@ def test_weights_that_the_library_does_not_read(backbone, monkeypatch):
 
 
 def recorded_steps(monkeypatch, name: str) -> list:
-    """Operands of the steps that this function of `ik_rows` makes from now on."""
+    """Operands of the steps that this function of `ik_rows` makes from now on, without AMX."""
+    monkeypatch.setattr(amx_rows, "supported", lambda: False)
     steps, step = [], getattr(ik_rows, name)
     monkeypatch.setattr(ik_rows, name, lambda *operands, **limit: steps.append(operands) or step(*operands, **limit))
     return steps

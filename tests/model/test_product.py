@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_step35.model import experts, product
-from sglang_step35.packed import ik_check, ik_kernel, ik_rows, kernel
+from sglang_step35.packed import amx_rows, ik_check, ik_kernel, ik_rows, kernel
 from tests.packed.test_ik_kernel import BF16, chosen_experts, error
 
 pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is not usable here")
@@ -12,8 +12,9 @@ pytestmark = pytest.mark.skipif(not ik_check.usable(), reason="the library is no
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Row counts that went to ggml. Every matrix from 4096 weights on is large."""
+    """Row counts that went to ggml, without AMX. Every matrix from 4096 weights on is large."""
     torch.manual_seed(0)
+    monkeypatch.setattr(amx_rows, "supported", lambda: False)
     for module in (product, experts):
         monkeypatch.setattr(module, "LARGE", 4096)
     found = []
