@@ -160,11 +160,13 @@ def check_kernels() -> list[Finding]:
     """What multiplies by packed and large weights on the portable platform; a GPU has SGLang's own kernels."""
     if plugin.activate_platform() is None:
         return []
-    from sglang_step35.packed import ik_check
+    from sglang_step35.packed import ik_check, ik_rows
 
     reason = ik_check.why_not()
     if reason is None:
-        return [Finding("kernels", f"ggml's, from {ik_check.PACKAGE} {ik_check.VERSION}; the self-test passed")]
+        own = " and ".join(ik_rows.units())
+        text = f"ggml's, from {ik_check.PACKAGE} {ik_check.VERSION}; the self-test passed"
+        return [Finding("kernels", f"{text}; ours for {own}" if own else text)]
     return [Finding("kernels", f"plain torch, slow with large and with quantised weights: {reason}")]
 
 

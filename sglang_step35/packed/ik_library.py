@@ -132,6 +132,7 @@ class Graph:
         for output in outputs:
             library.ggml_build_forward_expand(self.graph, output)
         self.plan = library.ggml_graph_plan(self.graph, threads)
+        self._unplanned, library.unplanned = library.unplanned, 0
         library.shared.clear()
         self._records: list[tuple[CTensor, int]] | None = None
 
@@ -139,7 +140,7 @@ class Graph:
         """Compute. Raises RuntimeError where ggml reports failure."""
         if self._records is None:
             self._records = self._find_records()
-        self.plan.work_data = self.library.work.address(self.plan.work_size)
+        self.plan.work_data = self.library.work.address(self.plan.work_size + self._unplanned)
         address = self.library.records.address(sum(size for _, size in self._records))
         for tensor, size in self._records:
             tensor.data, address = address, address + size
@@ -159,7 +160,8 @@ class Library:
     """The functions of `_SIGNATURES` as attributes, and the memory that graphs need.
 
     work: for ggml itself. rows: for what lies between the steps of a graph. records: for its records of activations.
-    shared: steps of the graph being built that serve several others.
+    shared: steps of the graph being built that serve several others. unplanned: bytes of `work` that its steps write
+    and `ggml_graph_plan` does not count.
 
     Raises OSError or AttributeError where the file is no such library, RuntimeError where its structures differ.
     """
@@ -175,6 +177,7 @@ class Library:
             raise RuntimeError(f"{path} is of another version: struct ggml_tensor has another size")
         self.work, self.rows, self.records = Scratch(), Scratch(), Scratch()
         self.shared: dict[tuple, Any] = {}
+        self.unplanned = 0
         self._graphs: dict[tuple, object] = {}
         self.arena: int | None = None
 

@@ -18,6 +18,14 @@ from sglang_step35.packed.ik_weights import FLOAT8
 ROWS = 64  # of a matrix, at most, of each expert on average: torch's bfloat16 product pays for more
 LARGE = 1 << 17  # weights of a matrix, at least: smaller ones stay in a cache, where the library loses little
 _BF16 = TYPES["BF16"].number
+# Bytes of an activation that the library narrows for 16-bit weights: `ggml_moe_up_gate` plans no memory for that.
+HALF = 2
+
+
+def units() -> list[str]:
+    """What this CPU has that kernels of ours use, by Intel's names."""
+    found = (("AVX-512 VNNI", int8_rows.supported()), ("AMX", amx_rows.supported()))
+    return [name for name, there in found if there]
 
 
 def product(library: Library, weight, x):
@@ -48,6 +56,7 @@ def expert_gated(library: Library, gate, up, x, ids, limit: float | None):
     """The same by each token's experts ids [k, T]; gate, up [K, N, E], x [K, 1, T] -> [N, k, T]."""
     step = _ours(_rows_of_each(ids, gate), gate, up)
     if step is None:
+        library.unplanned = max(library.unplanned, HALF * x.contents.ne[0] * x.contents.ne[2])
         return _limited(library.ggml_moe_up_gate(library.arena, up, gate, x, ids, SILU), limit)
     return step(library, (gate.contents.ne[1], *ids.contents.ne[:2]), gate, up, x, ids, limit=limit)
 

@@ -11,6 +11,7 @@ from sglang_step35 import plugin, upstream
 from sglang_step35.cli import doctor
 from sglang_step35.cli.readme_command import Device, outcome
 from sglang_step35.cli.threads import advice
+from sglang_step35.packed import amx_rows, int8_rows
 
 H100 = Device("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
 GB10 = Device("NVIDIA GB10", 122_070, (12, 1))
@@ -62,6 +63,14 @@ def test_a_healthy_installation(capsys):
     for topic in topics.split():
         assert f"  {topic} " in out
     assert f"{len(upstream.TABLE)} names with their signatures" in out
+
+
+def test_the_kernels_for_a_cpu(monkeypatch):
+    for vnni, amx, said in ((0, 0, "passed"), (1, 0, "ours for AVX-512 VNNI"), (1, 1, "ours for AVX-512 VNNI and AMX")):
+        monkeypatch.setattr(int8_rows, "supported", lambda vnni=vnni: vnni)
+        monkeypatch.setattr(amx_rows, "supported", lambda amx=amx: amx)
+        (found,) = doctor.check_kernels()
+        assert found.text.endswith(said)
 
 
 def test_without_the_kernels_of_ggml(capsys, versions):

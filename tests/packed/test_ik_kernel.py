@@ -4,12 +4,15 @@ Bounds are relative errors of a whole result: 8-bit activations cost 0.4 to 0.9 
 of the sum. Row counts on both sides of where the library changes its way (32).
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sglang_step35.model.mlp import swiglu
 from sglang_step35.packed import amx_rows, ik_check, ik_kernel, ik_library, kernel
 from sglang_step35.packed.ggml import TYPES, GGMLTensor
+from sglang_step35.packed.ik_steps import Steps
 from tests.packed.test_unpack import packed
 
 EXACT = {"F32": 1e-6, "F16": 1e-6, "BF16": 1e-6}
@@ -50,6 +53,29 @@ def test_products(name, columns):
     for rows in (1, 4, 40):
         x = torch.randn(rows, columns)
         assert error(ik_kernel.linear(x, [tensor]), x @ expected.T) < EXACT.get(name, ROUNDED)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 64])
+@pytest.mark.parametrize("name", ["BF16", "Q8_0", "Q4_K"])
+def test_the_library_writes_no_memory_but_its_own(monkeypatch, rows, name):
+    """Gate and up by the library, whose plan for them lacks room, and nothing behind them that asks for more."""
+    library, asked = ik_library.library(), []
+
+    def address(size: int) -> int:
+        asked.append((size, torch.full((size + (1 << 20),), 171, dtype=torch.uint8)))
+        return asked[-1][1].data_ptr()
+
+    monkeypatch.setattr(library, "work", SimpleNamespace(address=address))
+    library._make_room()
+    (gate, _), (up, _) = (packed(name, 8, 32, 256, seed=seed) for seed in (0, 1))
+    steps, ids = Steps(library), torch.rand(rows, 8).topk(2).indices.int()
+    ids[:, 0] = 3  # one expert has a row of every token
+    x, numbers = steps.floats(torch.randn(rows, 256), 256, 1, rows), library.tensor(ik_library.I32, 2, rows)
+    numbers.contents.data = ids.data_ptr()
+    between = torch.empty(1 << 20, dtype=torch.uint8)
+    steps.build([steps.experts(x, numbers, gate, up, None)], between, 2).run()
+    ((size, memory),) = asked
+    assert (memory[size:] == 171).all()
 
 
 def test_no_rows():
