@@ -22,22 +22,11 @@ NEEDS_AMX = pytest.mark.skipif(not (ik_check.usable() and amx_rows.supported()),
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """Shapes of what AMX computed, be it few rows. Every graph is new, and memory is enough to interleave."""
+def steps(monkeypatch, roomy):
+    """Shapes of what AMX computed, be it few rows. Every graph is new."""
     torch.manual_seed(0)
     monkeypatch.setattr(amx_rows, "FEWEST", dict.fromkeys(amx_rows.FEWEST, 1))
-    memory = SimpleNamespace(available=99 << 20, total=100 << 20)
-    monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: memory)
     yield from recorded(monkeypatch, amx_rows, "step")
-
-
-@pytest.fixture
-def threads(rows):
-    """1 to 3."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 + rows % 3)
-    yield
-    torch.set_num_threads(before)
 
 
 def weights(name: str, *shape: int, seed: int = 0) -> tuple:

@@ -1,8 +1,6 @@
 """Our own kernels for interleaved weights: against float32 products of activations rounded as they round them, and when
 they run."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -25,21 +23,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def steps(monkeypatch):
-    """Shapes of what our kernels computed. Every graph is new, and the host has memory enough to interleave."""
+def steps(monkeypatch, roomy):
+    """Shapes of what our kernels computed. Every graph is new."""
     torch.manual_seed(0)
-    memory = SimpleNamespace(available=99 << 20, total=100 << 20)
-    monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: memory)
     yield from recorded(monkeypatch, int8_rows, "step")
-
-
-@pytest.fixture
-def threads(rows):
-    """1 to 3."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 + rows % 3)
-    yield
-    torch.set_num_threads(before)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
