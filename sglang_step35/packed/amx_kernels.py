@@ -18,7 +18,6 @@ from sglang_step35.compiled_numbers import EXACT, floats, pointer, silu
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.amx_tiles import (
-    COLUMNS,
     LINE,
     SIDE,
     TILE,
@@ -34,14 +33,13 @@ from sglang_step35.packed.amx_tiles import (
     turn_sums,
 )
 from sglang_step35.packed.ik_weights import FLOAT8
-from sglang_step35.packed.int8_formats import FORMATS
+from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
 from sglang_step35.packed.row_tiles import narrow_row
 from sglang_step35.packed.step_operands import DATA, NB, NE, PARAMETERS, SRC, WORDS, begin, words
 
 _PACKED = "amx_kernels", "amx_tiles", "row_tiles", "int8_formats", "int8_code", "ik_weights"
 _SOURCES = *(f"packed.{name}" for name in _PACKED), *step_operands.SOURCES, *SHARED
 _HALF = SIDE // 2
-_SUMS = SIDE * SIDE
 _NEAR = 1 << 19  # bytes of activations that stay in a core's own cache while weights pass by
 # Fields of `_matrices`.
 PLACE, ROW, SCALES, SCALES_ROW, BLOCK_ROWS, FIRST_ROW, SHARED_COLUMNS, FIRST_COLUMN, SHARED_ROW = range(9)
@@ -113,7 +111,7 @@ def _multiply(kind, x, x_count, panels, panel_count, tiles, sums):
         multiply_tiles(x, x_count, panels, panel_count, tiles, sums)
 
     def pairs(kind, x, x_count, panels, panel_count, tiles, sums):
-        turned = sums + 4 * _SUMS * 4
+        turned = sums + 4 * TILE
         multiply_tiles(panels, panel_count, x, x_count, tiles, turned)
         for i in range(x_count):
             for j in range(panel_count):

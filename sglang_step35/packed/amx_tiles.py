@@ -15,11 +15,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sglang_step35.packed.int8_code import BYTE, LaneCode
-from sglang_step35.packed.int8_formats import FORMATS, Format
+from sglang_step35.packed.int8_formats import COLUMNS, FORMATS, Format
 from sglang_step35.vector_code import FLOAT, INT32, INT64, Code
 
 SIDE = 16  # rows and sums of a tile
-COLUMNS = 32
 LINE, TILE = 64, 1024  # bytes
 _POINTER = BYTE.as_pointer()
 _ROWS, _PAIRS = (4, 5), (6, 7)  # registers of tiles; the sums of row tile i and pair tile j are in 2 i + j
@@ -33,7 +32,7 @@ def supported() -> bool:
     features = binding.get_host_cpu_features()
     if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512bf16")):
         return False
-    return ctypes.CDLL(None, use_errno=True).syscall(_PRCTL, _REQUEST, _TILES) == 0
+    return ctypes.CDLL(None).syscall(_PRCTL, _REQUEST, _TILES) == 0
 
 
 def configuration() -> list[int]:
