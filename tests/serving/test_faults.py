@@ -149,16 +149,22 @@ def wait_for_more(folder, count: int) -> None:
 
 def test_sigterm_answers_what_was_accepted_and_refuses_what_comes_after(server, reference):
     """Running requests and waiting ones; the last test of this server."""
-    # When so many have begun, the last two have long come, too.
-    under_way, asked = streams(server, 14, AT_ONCE + 2, 100, begun=AT_ONCE)
+    under_way, asked = streams(server, 14, AT_ONCE + 2, 200, begun=AT_ONCE)
+    wait_until_waiting(server, 2)
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     for path, body in BODIES.items():
         refused = server.post(path, body)
         assert refused.status_code == 503 and "shutting down" in refused.text, path
     assert requests.get(f"{server.url}/health", timeout=30).status_code == 503
-    assert under_way.outputs() == [reference.greedy(ids, 100) for ids in asked]
+    assert under_way.outputs() == [reference.greedy(ids, 200) for ids in asked]
     assert server.process.wait(60) == 0
+
+
+def wait_until_waiting(server, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while requests.get(f"{server.url}/v1/loads", timeout=30).json()["loads"][0]["num_waiting_reqs"] < count:
+        assert time.monotonic() < deadline, server.tail()
 
 
 @pytest.mark.parametrize("lost", ["scheduler", "detokenizer"])
