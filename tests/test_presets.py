@@ -95,7 +95,7 @@ def test_preset_resolves_to_the_intended_backend_worker_and_depth(path):
     else:
         assert found["worker"] is None and found["speculative_num_steps"] is None
     assert found["device"] == ("cpu" if on_cpu(path) else "cuda")
-    assert found["sleep_on_idle"] == on_cpu(path)
+    assert found["sleep_on_idle"] == found["disable_overlap_schedule"] == on_cpu(path)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

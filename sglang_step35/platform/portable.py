@@ -74,6 +74,8 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
             )
         # An idle scheduler would take a core. SGLang's flag only says yes, so no user's choice is overridden.
         server_args.sleep_on_idle = True
+        # Nothing runs beside the scheduler here: preparing the next step first would hold every token back for a step.
+        server_args.disable_overlap_schedule = True
         from sglang_step35.platform.kv_default import max_total_tokens
 
         tokens = max_total_tokens(server_args)

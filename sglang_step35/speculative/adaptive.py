@@ -170,6 +170,11 @@ class DepthController:
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
 
+    @property
+    def planned(self) -> int:
+        """What `next_depth` answered last."""
+        return self.depth if self._trial is None else self._trial
+
     def _found_out(self, trial: int) -> bool:
         """Whether a trial has told what it is for: seconds, and the first one of all, how far drafts come true."""
         first = not self._tried

@@ -118,6 +118,11 @@ class DepthPlanner:
         controller.entry, controller.owed = batch_size * self._entry.per_token(batch_size), owed
         return controller.next_depth()
 
+    def most_offered(self, batch_size: int) -> int:
+        """Drafts of each request that a round verifies at most: those made for a smaller batch may not pay in this."""
+        controller = self._controllers.get(_bucket(batch_size))
+        return sys.maxsize if controller is None or not self.settings.adaptive else controller.planned
+
     def rests(self, batch_size: int) -> bool:
         """Whether rounds of such a batch draft nothing; where there was none yet, the last ones of any other size."""
         controller = self._controllers.get(_bucket(batch_size), self._latest)

@@ -49,7 +49,8 @@ class Offers:
     def of(self, batch, pool_idx: list[int], drafts: Tensor) -> Offer:
         """The offer of a batch whose MTP layers drafted `drafts` [B, S]."""
         counts, limits = self.store.drafts.counts(pool_idx), list(map(depth_limit, batch.reqs))
-        drafted = list(map(min, counts, limits))
+        most = self.depths.most_offered(len(pool_idx))
+        drafted = [min(count, limit, most) for count, limit in zip(counts, limits, strict=True)]
         if drafted != counts:
             (kept,) = to_device(drafted, device=drafts.device)
             columns = torch.arange(drafts.shape[1], device=drafts.device)

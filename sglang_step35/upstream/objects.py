@@ -63,7 +63,7 @@ ROWS = (
         has(
             "ServerArgs",
             "attention_backend attn_dp_size enable_hierarchical_cache enable_memory_saver enable_metrics ep_size "
-            "numa_node",
+            "numa_node disable_overlap_schedule",
         ),
         has(
             "ServerArgs",

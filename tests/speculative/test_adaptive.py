@@ -226,6 +226,19 @@ def test_a_new_batch_size_begins_at_the_depth_that_pays_there():
     assert planner.next_depth(16) == 0
 
 
+def test_drafts_made_for_a_smaller_batch_are_offered_only_where_they_pay():
+    """One request that drafts three tokens joins fifteen that draft none: verifying its drafts would quadruple rows."""
+    costs = {1: Foretold([10, 11, 12, 13]), 16: Foretold([10, 20, 30, 40])}
+    planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), costs.__getitem__)
+    assert planner.most_offered(16) >= 3  # nothing is known of such a batch
+    for _ in range(200):
+        planner.begin_round(("a",), [3], [3], [[]])
+        planner.observe([2])
+    assert [planner.next_depth(1), planner.next_depth(16)] == [2, 0]
+    assert [planner.most_offered(1), planner.most_offered(16)] == [2, 0]
+    assert DepthPlanner(MTPSettings(num_steps=3), costs.__getitem__).most_offered(16) >= 3
+
+
 def test_planner_times_rounds_without_new_requests_only():
     now = [0.0]
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), prior, clock=lambda: now[0])

@@ -13,7 +13,8 @@ from tests.support.worker_host import LENGTH, Host, Witness, make_worker
 
 
 class RandomDepths(Witness):
-    """Any depth in any round, passes that stop at any layer, any number of plain steps, and look-ups or none."""
+    """Any depth in any round, passes that stop at any layer, drafts that are not offered, any number of plain steps,
+    and look-ups or none."""
 
     def __init__(self, settings, seed):
         super().__init__(settings)
@@ -21,6 +22,10 @@ class RandomDepths(Witness):
 
     def next_depth(self, batch_size, owed=0.0):
         return self.chance.choice([0, 0, *range(self.settings.num_steps + 1)])
+
+    def most_offered(self, batch_size):
+        self.most = self.chance.choice([0, 1, *[self.settings.num_steps] * 10])
+        return self.most
 
     def plain_steps(self, batch_size, most):
         return self.chance.randint(1, most)
@@ -182,7 +187,7 @@ def test_sampled_rounds_equal_the_rule_applied_token_by_token(monkeypatch, adapt
     if adaptive:
         worker.depths = RandomDepths(worker.settings, seed=1)
     host = Host(worker, seed=20)
-    play(host, 140, sampled=True)
+    play(host, 200, sampled=True)
     assert set(host.accepted) == {0, 1, 2, 3}
 
 

@@ -36,7 +36,7 @@ MACHINES = {
 FIELDS = (
     "attention_backend", "prefill_attention_backend", "decode_attention_backend", "speculative_num_steps",
     "speculative_num_draft_tokens", "enable_multi_layer_eagle", "moe_runner_backend", "page_size", "device",
-    "sleep_on_idle",
+    "sleep_on_idle", "disable_overlap_schedule",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ POOL, LENGTH, SLOTS = 6, 160, 20_000
 class Witness(DepthPlanner):
     """Tells the host how many drafts a round verifies; rounds that were not timed cost the same at any depth.
 
-    needed: the chain tokens of every round so far.
+    needed: the chain tokens of every round so far. most: drafts that the last one might offer.
     """
 
     def __init__(self, settings):
@@ -41,6 +41,10 @@ class Witness(DepthPlanner):
         super().begin_round(rids, drafted, offered, confidences, steps)
         self.offered, self.wide = offered, offered != drafted
         self.needed.append(1 + max(offered))
+
+    def most_offered(self, batch_size):
+        self.most = super().most_offered(batch_size)
+        return self.most
 
 
 class Pool:
@@ -326,6 +330,8 @@ class Host:
         longest = self.worker.settings.num_draft_tokens - 1
         for request, count in zip(requests, offered, strict=True):
             limit = longest if request.limit is None else request.limit
+            request.drafts = request.drafts[: self.worker.depths.most]
+            request.proposals = request.proposals[: self.worker.depths.most]
             if self.worker.depths.wide and limit >= longest:
                 looked_up = self.looked_up(request, longest - len(request.drafts))
                 request.drafts = request.drafts + looked_up
