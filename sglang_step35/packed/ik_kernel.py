@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sglang_step35.packed import amx_rows, ik_library, ik_rows
+from sglang_step35.packed.ggml import GGMLTensor
 from sglang_step35.packed.ik_library import F32, FLOAT, I32, Graph, Library, set_strides
 from sglang_step35.packed.ik_weights import Readable, kind_of, operand, place, reads
 from sglang_step35.packed.tensor import PackedTensor
@@ -36,6 +37,17 @@ def linear(x: Tensor, parts: Sequence[Readable]) -> Tensor:
     product = library.graph(key, lambda: _Linear(library, tokens, columns, kinds, threads))
     product.run(x.float().contiguous(), parts, out)
     return out.to(x.dtype)
+
+
+def gather(ids: Tensor, table: GGMLTensor) -> Tensor:
+    """See `kernel.gather`; the table must be one that `reads` accepts, the ids its own: the library asserts that."""
+    library, (size, columns), count = ik_library.library(), table.shape, ids.numel()
+    out = torch.empty(*ids.shape, columns, dtype=torch.float32)
+    if count:
+        threads = torch.get_num_threads() if count > ik_rows.ROWS else 1  # few rows are read before a second one wakes
+        key = ("gather", count, columns, size, kind_of(table), threads)
+        library.graph(key, lambda: _Gather(library, *key[1:])).run(ids.int().contiguous(), table, out)
+    return out
 
 
 def experts(
@@ -82,6 +94,21 @@ class _Linear:
             place(weight, part)
             output.data = address
             address += FLOAT * part.shape[0]
+        self.graph.run()
+
+
+class _Gather:
+    """Rows of a table in float32."""
+
+    def __init__(self, library: Library, count: int, columns: int, size: int, kind: int, threads: int):
+        table, ids = operand(library, kind, columns, size), library.tensor(I32, count)
+        out = library.ggml_get_rows(library.arena, table, ids)
+        self.graph = Graph(library, (out,), threads)
+        self.table, self.ids, self.out = table.contents, ids.contents, out.contents
+
+    def run(self, ids: Tensor, table: GGMLTensor, out: Tensor) -> None:
+        place(self.table, table)
+        self.ids.data, self.out.data = ids.data_ptr(), out.data_ptr()
         self.graph.run()
 
 

@@ -44,7 +44,9 @@ def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:
-    """Rows ids [...] of the table [V, H] -> [..., H] float32."""
+    """Rows ids [...] of the table [V, H] -> [..., H] float32, the same numbers by either way."""
+    if usable() and isinstance(table, GGMLTensor) and ik_kernel.reads(table):
+        return ik_kernel.gather(ids, table)
     return table[ids].dequantize()
 
 

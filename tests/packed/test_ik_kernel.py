@@ -83,6 +83,16 @@ def test_no_rows():
     assert ik_kernel.linear(torch.randn(0, 64).bfloat16(), [tensor]).shape == (0, 43)
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (100,)])
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_of_a_table(name, shape):
+    """To the bit, of a table that is a rank's share, too."""
+    tensor, expected = packed(name, 43, 256)
+    ids = torch.randint(0, 37, shape)
+    assert torch.equal(ik_kernel.gather(ids, tensor), expected[ids])
+    assert torch.equal(ik_kernel.gather(ids, tensor.rows(5, 42)), expected[5:42][ids])
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_parts_of_different_types_side_by_side(monkeypatch, native):
     """A CPU with bfloat16 instructions leaves such a part to torch from the 65th row on."""
