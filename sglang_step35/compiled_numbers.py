@@ -47,6 +47,15 @@ def silu(x):
     return x / (np.float32(1) + power_of_2(min(x * -_LOG2E, np.float32(126))))
 
 
+@njit(**EXACT)
+def gated(gate, up, limit):
+    """min(silu(gate), limit) * clamp(up, -limit, limit); limit 0: none."""
+    gate = silu(gate)
+    if limit > 0:
+        gate, up = min(gate, limit), min(max(up, -limit), limit)
+    return gate * up
+
+
 def widen(value):
     """A stored number as float32; an unsigned one is the upper half of its bits."""
     raise NotImplementedError("for compiled code alone")

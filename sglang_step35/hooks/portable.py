@@ -6,6 +6,7 @@ _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _KV_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _METRICS = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _SAMPLING = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 
 
@@ -15,6 +16,7 @@ def portable_hooks() -> list[Hook]:
 
     from sglang_step35.hicache.portable_host import host_pool_class
     from sglang_step35.platform.cores import bind_rank, part_of_memory
+    from sglang_step35.platform.interleave import arm_behind_chunks
     from sglang_step35.platform.kv_default import name_flags
     from sglang_step35.platform.process_start import launch_by_fork
     from sglang_step35.platform.seeds import filter_min_p, hash32, keep_seeds
@@ -54,6 +56,13 @@ def portable_hooks() -> list[Hook]:
             update_spec_metrics,
             why="a round without drafts may take several plain steps, which would look like accepted drafts",
             until="SGLang takes a round's num_non_draft_tokens_per_req for as many steps",
+        ),
+        Hook(
+            f"{_SCHEDULER}._arm_prefill_decode_interval",
+            "around",
+            arm_behind_chunks,
+            why="decode rounds behind every prefill would hold back requests that could join at once",
+            until="--prefill-decode-interval can be for chunks of long prompts alone",
         ),
         Hook("sglang.srt.layers.sampler.murmur_hash32", "replace", hash32, why=triton, until=method),
         Hook(

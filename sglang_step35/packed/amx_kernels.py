@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, literally, njit
 from numba.extending import overload
 
-from sglang_step35.compiled_numbers import EXACT, floats, pointer, silu
+from sglang_step35.compiled_numbers import EXACT, floats, gated, pointer
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.amx_tiles import (
@@ -192,7 +192,7 @@ def _fetch(to, eight, other, is_gated):
 
 @njit(**EXACT)
 def _store(sums, wide, to, eight, other, high, is_gated, limit):
-    """A row's sums by one or two panels, or min(silu(gate), limit) * clamp(up, -limit, limit); limit 0: none."""
+    """A row's sums by one or two panels, or what a gated network makes of them."""
     if not is_gated:
         fits = min(wide, high - other)
         left, right = to + 4 * _HALF * eight, to + 4 * _HALF * other
@@ -205,10 +205,7 @@ def _store(sums, wide, to, eight, other, high, is_gated, limit):
     split_sums(sums, wide, gate.ctypes.data, up.ctypes.data)
     hidden = floats(to + 4 * _HALF * eight, SIDE)
     for i in range(_HALF * wide):
-        value, factor = silu(gate[i]), up[i]
-        if limit > 0:
-            value, factor = min(value, limit), min(max(factor, -limit), limit)
-        hidden[i] = value * factor
+        hidden[i] = gated(gate[i], up[i], limit)
 
 
 @cache

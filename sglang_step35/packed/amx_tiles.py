@@ -7,7 +7,6 @@ lines of the cache, tiles are read at the unit's pace.
 """
 
 import ctypes
-from functools import cache
 
 from llvmlite import binding, ir
 from numba import types
@@ -26,7 +25,6 @@ _WORDS = ir.VectorType(INT32, SIDE)
 _PRCTL, _REQUEST, _TILES = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of Linux
 
 
-@cache
 def supported() -> bool:
     """Whether this CPU has the unit and the system lets this process use it."""
     features = binding.get_host_cpu_features()

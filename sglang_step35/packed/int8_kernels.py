@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numba import carray, literally, njit
 
-from sglang_step35.compiled_numbers import EXACT, floats, silu
+from sglang_step35.compiled_numbers import EXACT, floats, gated
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
@@ -52,15 +52,11 @@ def _matrix(kind, columns, out, number, inputs, results, limit, part, parts):
 
 @njit(**EXACT)
 def _gate(pairs, results, start, end, eight, limit):
-    """min(silu(gate), limit) * clamp(up, -limit, limit) of pairs [MOST, (gate, up), LANES]; limit 0: none."""
+    """What a gated network makes of pairs [MOST, (gate, up), LANES]."""
     for p in range(start, end):
         to, r = floats(results[p] + 4 * LANES * eight, LANES), p - start
-        if limit > 0:
-            for i in range(LANES):
-                to[i] = min(silu(pairs[r, 0, i]), limit) * min(max(pairs[r, 1, i], -limit), limit)
-        else:
-            for i in range(LANES):
-                to[i] = silu(pairs[r, 0, i]) * pairs[r, 1, i]
+        for i in range(LANES):
+            to[i] = gated(pairs[r, 0, i], pairs[r, 1, i], limit)
 
 
 @cache

@@ -18,7 +18,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import overload
 
-from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, silu
+from sglang_step35.compiled_numbers import EXACT, floats, gated, narrow, pointer
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.row_tiles import ROWS, add_products, group, weights_at_once
@@ -116,13 +116,9 @@ def store_sums(to, own, count, first, steps, end, room, limit):
             if own == _W:
                 for i in range(rows):
                     row[i] = sums[at + i * between]
-            elif limit > 0:
-                for i in range(rows):
-                    left, right = silu(sums[at + i * between]), sums[at + own + i * between]
-                    row[i] = min(left, limit) * min(max(right, -limit), limit)
             else:
                 for i in range(rows):
-                    row[i] = silu(sums[at + i * between]) * sums[at + own + i * between]
+                    row[i] = gated(sums[at + i * between], sums[at + own + i * between], limit)
 
 
 @njit(**EXACT)

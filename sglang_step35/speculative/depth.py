@@ -52,11 +52,10 @@ class DepthPlanner:
         self._entry = EntryCost()
         self.calibration = Calibration()
         self._pending: deque[tuple[list[int], list[int], list[list[float]], int]] = deque()
-        self._last: tuple[float, frozenset, tuple[int, bool], int] | None = None
+        self._last: tuple[float, int, tuple[int, bool], int] | None = None
 
     def begin_round(
         self,
-        rids: tuple[str, ...],
         drafted: list[int],
         offered: list[int],
         confidences: list[list[float]],
@@ -67,17 +66,18 @@ class DepthPlanner:
         confidences[b]: the layers' probabilities of theirs; empty where they are unknown. steps: of the target, more
         than one only without drafts.
 
-        The time from one round's start to the next is what a round costs, scheduling included,
-        unless requests joined, whose prefill it would include.
+        The time from one round's start to the next is what a round costs, scheduling included, unless a prefill came
+        between.
         """
-        if rids:  # idle batches are not reported back
+        if drafted:  # idle batches are not reported back
             self._pending.append((drafted, offered, confidences, steps))
         if not self._measures:
             return
         now, depth, wide = self._clock(), max(drafted, default=0), offered != drafted
-        if self._last is not None and self._last[1].issuperset(rids) and self._last[2] == (depth, wide):
-            self._observe_round(len(self._last[1]), depth, (now - self._last[0]) / self._last[3], wide)
-        self._last = (now, frozenset(rids), (depth, wide), steps)
+        if self._last is not None and self._last[2] == (depth, wide):
+            began, size, _, taken = self._last
+            self._observe_round(size, depth, (now - began) / taken, wide)
+        self._last = (now, len(drafted), (depth, wide), steps)
 
     def observe(self, accepted: list[int]) -> tuple[list[int], list[int]]:
         """Accepted drafts of each request of the oldest round not yet reported.
@@ -107,8 +107,9 @@ class DepthPlanner:
             self._entry.add_pass(prompts, self._ranks.same_number(self._clock() - began))
 
     def begin_prompts(self, count: int) -> None:
-        """So many prompts were prefilled."""
+        """So many prompts were prefilled, or 0 where chunks inside some were: the round before is not timed."""
         self._entry.add_prompts(count)
+        self._last = None
 
     def next_depth(self, batch_size: int, owed: float = 0.0) -> int:
         """MTP layers' drafts of the next round; owed: see `DepthController`."""

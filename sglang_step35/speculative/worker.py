@@ -185,8 +185,7 @@ class Step35SpecWorker(BaseSpecWorker):
         steps = 1
         if not any(offer.counts):
             steps = self.depths.plain_steps(len(pool_idx), most_steps(batch, self.settings.num_draft_tokens))
-        rids = tuple(req.rid for req in batch.reqs)
-        self.depths.begin_round(rids, offer.drafted, offer.counts, self.store.drafts.confidences(pool_idx), steps)
+        self.depths.begin_round(offer.drafted, offer.counts, self.store.drafts.confidences(pool_idx), steps)
         if self.watchdog is not None:
             self.watchdog.begin_round(batch.reqs, offer.drafted)
         seq_lens, seq_lens_cpu = batch.seq_lens, _host_lens(batch)

@@ -63,7 +63,8 @@ ROWS = (
         has(
             "ServerArgs",
             "attention_backend attn_dp_size enable_hierarchical_cache enable_memory_saver enable_metrics ep_size "
-            "numa_node disable_overlap_schedule",
+            "numa_node disable_overlap_schedule chunked_prefill_size prefill_decode_interval "
+            "prefill_decode_interval_min_bs",
         ),
         has(
             "ServerArgs",

@@ -50,6 +50,12 @@ ROWS = (
             "Engine._launch_detokenizer_subprocesses", "server_args port_args run_detokenizer_process_func", hooked=True
         ),
     ),
+    # Chunks of long prompts.
+    *module(
+        "sglang.srt.managers.scheduler",
+        takes("Scheduler._arm_prefill_decode_interval", "self batch", hooked=True),
+        has("Scheduler", "chunked_req"),
+    ),
     # Which worker serves.
     *module(
         "sglang.srt.speculative.spec_info",

@@ -178,7 +178,7 @@ def test_a_batch_catches_up_when_rows_enough_have_come_together(batch, rounds):
 
 def test_planner_without_adaptation_always_drafts_everything():
     planner = DepthPlanner(MTPSettings(num_steps=3), prior)
-    planner.begin_round(("a",), [3], [3], [[]])
+    planner.begin_round([3], [3], [[]])
     planner.observe([0])
     assert planner.next_depth(1) == 3
     assert planner.stop_rule(1) is None
@@ -220,7 +220,7 @@ def test_a_new_batch_size_begins_at_the_depth_that_pays_there():
     costs = {1: Foretold([10, 11, 12, 13]), 16: Foretold([10, 20, 30, 40])}
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), costs.__getitem__)
     for _ in range(200):
-        planner.begin_round(("a",), [3], [3], [[]])
+        planner.begin_round([3], [3], [[]])
         planner.observe([2])
     assert planner.next_depth(1) == 2
     assert planner.next_depth(16) == 0
@@ -232,30 +232,27 @@ def test_drafts_made_for_a_smaller_batch_are_offered_only_where_they_pay():
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), costs.__getitem__)
     assert planner.most_offered(16) >= 3  # nothing is known of such a batch
     for _ in range(200):
-        planner.begin_round(("a",), [3], [3], [[]])
+        planner.begin_round([3], [3], [[]])
         planner.observe([2])
     assert [planner.next_depth(1), planner.next_depth(16)] == [2, 0]
     assert [planner.most_offered(1), planner.most_offered(16)] == [2, 0]
     assert DepthPlanner(MTPSettings(num_steps=3), costs.__getitem__).most_offered(16) >= 3
 
 
-def test_planner_times_rounds_without_new_requests_only():
+def test_planner_times_rounds_without_a_prefill_behind_them_only():
     now = [0.0]
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), prior, clock=lambda: now[0])
 
-    def round_of(rid, seconds):
-        planner.begin_round((rid,), [3], [3], [[]])
+    def round_of(size, seconds):
+        planner.begin_round([3] * size, [3] * size, [[]] * size)
         now[0] += seconds
 
-    def pair(seconds):
-        planner.begin_round(("a", "b"), [3, 3], [3, 3], [[], []])
-        now[0] += seconds
-
-    pair(0.02)
-    for _ in range(4):
-        round_of("a", 0.02)  # b has finished
-    round_of("b", 5.0)
-    round_of("c", 5.0)
+    round_of(2, 0.02)
+    for _ in range(3):
+        round_of(1, 0.02)  # the other one has finished
+    for prompts in (0, 1, 0):  # a chunk inside a prompt, the end of one
+        round_of(1, 5.0)
+        planner.begin_prompts(prompts)
     assert planner._controller(1).cost == [None, None, None, pytest.approx(0.02)]
 
 
@@ -275,7 +272,7 @@ def test_calibration_learns_acceptance_not_confidence():
 def test_planner_calibrates_from_the_drafts_verification_reached():
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), prior)
     for _ in range(100):
-        planner.begin_round(("a",), [3], [3], [[0.9, 0.6, 0.1]])
+        planner.begin_round([3], [3], [[0.9, 0.6, 0.1]])
         planner.observe([1])
     table = planner.calibration.table()
     assert table[7] > 0.95 and table[4] < 0.1  # the first draft accepted, the second not
@@ -334,7 +331,7 @@ def test_planner_tells_looked_up_drafts_from_the_layers():
     now = [0.0]
     planner = DepthPlanner(MTPSettings(num_steps=3, look_ups=5), prior, clock=lambda: now[0])
     for accepted in [8, 5, 3, 1]:
-        planner.begin_round(("a",), [3], [8], [[]])
+        planner.begin_round([3], [8], [[]])
         now[0] += 0.03
         tries, hits = planner.observe([accepted])
         assert tries == [1] * min(8, accepted + 1) + [0] * (7 - accepted) and sum(hits) == accepted
@@ -418,7 +415,7 @@ def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
     planner = DepthPlanner(settings, lambda batch: Foretold([10 * batch, 10 * batch]), clock=lambda: now[0])
     for seconds, depth in ((1.0, 0), (2.0, 1)):
         for _ in range(4):
-            planner.begin_round(("a",), [depth], [depth], [[]])
+            planner.begin_round([depth], [depth], [[]])
             now[0] += seconds
     assert planner._controller(4)._costs() == pytest.approx([4.0, 8.0])
 
@@ -429,7 +426,7 @@ def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
     settings = MTPSettings(num_steps=1, adaptive=True)
     planner = DepthPlanner(settings, lambda batch: Foretold([10 * batch, 12 * batch]), clock=lambda: now[0])
     for size in (15, 12, 10, 8):
-        planner.begin_round(tuple(map(str, range(size))), [1] * size, [1] * size, [[]] * size)
+        planner.begin_round([1] * size, [1] * size, [[]] * size)
         now[0] += 0.1 * size
     assert planner._controller(15).cost == [None, pytest.approx(1.5)]
 
@@ -442,9 +439,9 @@ def test_prompts_go_without_drafts_where_rounds_of_the_batch_to_come_do():
     planner = DepthPlanner(MTPSettings(num_steps=1, adaptive=True), prior, clock=lambda: now[0])
     assert not planner.rests(1)
     for size in (1, 16):
-        rids, depth = tuple(map(str, range(size))), 1
+        depth = 1
         for _ in range(40):
-            planner.begin_round(rids, [depth] * size, [depth] * size, [[]] * size)
+            planner.begin_round([depth] * size, [depth] * size, [[]] * size)
             planner.observe([depth] * size)
             now[0] += costs[size][depth]
             depth = planner.next_depth(size)
@@ -455,6 +452,6 @@ def test_a_new_batch_size_makes_its_own_first_trial_where_drafts_are_not_known_y
     planner = DepthPlanner(MTPSettings(num_steps=3, adaptive=True), lambda batch: Foretold([10, 20, 30, 40]))
     for rounds, batch, depth in ((5, 16, 3), (7, 64, 0)):
         for _ in range(rounds):
-            planner.begin_round(("a",), [3], [3], [[]])
+            planner.begin_round([3], [3], [[]])
             planner.observe([0])
         assert planner.next_depth(batch) == depth

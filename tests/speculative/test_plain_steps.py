@@ -86,7 +86,7 @@ def test_steps_of_a_round_stay_within_a_tenth_of_a_second(seconds, steps):
     planner = DepthPlanner(MTPSettings(3, adaptive=True), lambda batch: Foretold([1.0] * 4), clock=lambda: now[0])
     assert planner.plain_steps(1, 4) == 1  # not timed yet
     for taken in (1, 1, 3, 4, 4):
-        planner.begin_round(("a",), [0], [0], [[]], taken)
+        planner.begin_round([0], [0], [[]], taken)
         now[0] += seconds * taken
     assert planner._controller(1).cost[0] == pytest.approx(seconds)
     assert planner.plain_steps(1, 4) == steps

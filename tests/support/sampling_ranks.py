@@ -45,7 +45,7 @@ def depths(ranks: Ranks, rank: int) -> list[int]:
     planner = DepthPlanner(settings, lambda batch: Foretold(SECONDS[rank]), clock=lambda: now[0], ranks=ranks)
     chosen = [STEPS]
     for _ in range(ROUNDS):
-        planner.begin_round(("a",), [chosen[-1]], [chosen[-1]], [[]])
+        planner.begin_round([chosen[-1]], [chosen[-1]], [[]])
         now[0] += SECONDS[rank][chosen[-1]]
         planner.observe([min(2, chosen[-1])])
         chosen.append(planner.next_depth(1))

@@ -37,8 +37,8 @@ class Witness(DepthPlanner):
         super().__init__(settings, lambda batch: Foretold([1.0] * (settings.num_steps + 1)))
         self.needed = []
 
-    def begin_round(self, rids, drafted, offered, confidences, steps=1):
-        super().begin_round(rids, drafted, offered, confidences, steps)
+    def begin_round(self, drafted, offered, confidences, steps=1):
+        super().begin_round(drafted, offered, confidences, steps)
         self.offered, self.wide = offered, offered != drafted
         self.needed.append(1 + max(offered))
 

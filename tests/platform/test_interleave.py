@@ -1,0 +1,59 @@
+"""Decode rounds between the chunks of long prompts: SGLang's interval, on CPUs by default and for these alone."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_step35.bench.servers import MTP_ARGS, NANO_ARGS
+from sglang_step35.platform import interleave
+from tests.support.nano_model import generate, greedy, prompts, random_ids
+
+CHUNK, ROUNDS = 64, 6
+
+
+def defaults(**given):
+    args = dict(chunked_prefill_size=None, prefill_decode_interval=None, prefill_decode_interval_min_bs=0)
+    args = SimpleNamespace(**(args | given))
+    interleave.set_defaults(args)
+    return args.chunked_prefill_size, args.prefill_decode_interval, args.prefill_decode_interval_min_bs
+
+
+def test_what_the_user_says_stays():
+    assert defaults() == (interleave.CHUNK, interleave.ROUNDS, 1)
+    given = dict(chunked_prefill_size=512, prefill_decode_interval=0, prefill_decode_interval_min_bs=4)
+    assert defaults(**given) == (512, 0, 4)
+
+
+@pytest.mark.parametrize("left", [None, "a request with a part of its prompt to come"])
+def test_only_chunks_inside_a_prompt_hold_prefills_back(left):
+    armed = []
+    interleave.arm_behind_chunks(lambda *each: armed.append(each), scheduler := SimpleNamespace(chunked_req=left), 3)
+    assert armed == ([(scheduler, 3)] if left else [])
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("drafting, most", [((), 1), (MTP_ARGS, 4)], ids=["off", "mtp"])
+def test_a_long_prompt_leaves_the_others_their_tokens(serve, drafting, most):
+    """Ten chunks, nine pauses: without them the other answer stands still. most: tokens a round."""
+    flags = ("--chunked-prefill-size", str(CHUNK), "--prefill-decode-interval", str(ROUNDS))
+    server, seen = serve(*NANO_ARGS, *drafting, "--dtype", "float32", *flags), []
+    ids, long = prompts()[0], random_ids(1, 10 * CHUNK, seed=5)[0]
+    generate(server, long[:9], 1)
+    begun, sampling = threading.Event(), {"temperature": 0, "max_new_tokens": 250, "ignore_eos": True}
+
+    def stream():
+        for answer in server.stream("/generate", {"input_ids": ids, "sampling_params": sampling, "stream": True}, 120):
+            seen.append(answer["output_ids"])
+            begun.set()
+
+    other = threading.Thread(target=stream)
+    other.start()
+    assert begun.wait(60)
+    before = len(seen[-1])
+    answer = generate(server, long, 8)
+    meanwhile = len(seen[-1]) - before
+    other.join()
+    assert 9 * ROUNDS <= meanwhile <= (9 * ROUNDS + 20) * most
+    assert answer["output_ids"] == greedy(tuple(long), 8)
+    assert seen[-1] == greedy(tuple(ids), 250)
