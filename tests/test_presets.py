@@ -128,6 +128,6 @@ def test_memory_of_the_cpu_presets_is_the_planners(quantization):
     wish = Wish(quantization=quantization, context=131_072, concurrency=1)
     planned = serve_arguments(make_plan(load(None)[0], machine("ai-max-395"), wish))
     preset = fields(CONFIGS / f"{quantization}-cpu.yaml")
-    for flag in ("context-length", "max-running-requests", "chunked-prefill-size", "mem-fraction-static",
-                 "max-total-tokens", "swa-full-tokens-ratio", "model-path", "device"):  # fmt: skip
+    for flag in ("context-length", "max-running-requests", "mem-fraction-static", "max-total-tokens",
+                 "swa-full-tokens-ratio", "model-path", "device"):  # fmt: skip
         assert planned[planned.index(f"--{flag}") + 1] == str(preset[flag])

@@ -70,9 +70,9 @@ def _memory(plan: Plan) -> list[str]:
         flags += ["--swa-full-tokens-ratio", f"{setup.swa_ratio:g}"]
     if plan.wish.mem_fraction_static is not None or setup.reserve.tight:
         flags += ["--mem-fraction-static", f"{setup.reserve.mem_fraction_static:g}"]
-    if setup.reserve.tight:
-        flags += ["--chunked-prefill-size", str(setup.reserve.chunk)]
     if plan.machine.engine == PORTABLE:
-        # SGLang takes mapped weights for free memory.
+        # SGLang takes mapped weights for free memory. Chunks: no larger ones by default (`platform/interleave.py`).
         flags += ["--max-total-tokens", str(setup.pools.full_tokens)]
+    elif setup.reserve.tight:
+        flags += ["--chunked-prefill-size", str(setup.reserve.chunk)]
     return flags

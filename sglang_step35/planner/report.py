@@ -120,9 +120,9 @@ def _memory(plan: Plan) -> list[str]:
         rows.append((rest, plan.free - plan.resident - plan.best.budget))
         rows.append(("KV cache", plan.best.budget))
         own = "SGLang's default" if plan.wish.mem_fraction_static is None else "given"
-        how = "tightened" if reserve.tight else own
+        how, most = "tightened" if reserve.tight else own, "at most " if _on_cpu(plan) else ""
         note = (
-            f"  mem_fraction_static {reserve.mem_fraction_static:g} ({how}), chunk {reserve.chunk} tokens"
+            f"  mem_fraction_static {reserve.mem_fraction_static:g} ({how}), chunk {most}{reserve.chunk} tokens"
             f"{'' if _on_cpu(plan) else f', graphs up to {reserve.graph_batch} requests'}"
         )
     else:

@@ -5,10 +5,12 @@ free there, and nothing bounds the share by what requests could use; so the plan
 """
 
 import logging
+from functools import cache
 
 from sglang.srt.utils.common import get_free_cpu_memory
 
 from sglang_step35.checkpoint.base import DamagedFile
+from sglang_step35.config import ModelSpec
 from sglang_step35.planner import GIB, PlanError
 from sglang_step35.planner.hardware import PORTABLE, Hardware
 from sglang_step35.planner.plan import Wish, make_plan
@@ -27,12 +29,10 @@ def max_total_tokens(server_args) -> int | None:
     """
     if server_args.max_total_tokens is not None or server_args.mem_fraction_static is not None:
         return None
-    try:
-        spec, stored = read(server_args.model_path)
-    except (OSError, ValueError, DamagedFile):  # another model's, a hub's or a damaged one: the loader tells
+    found = facts(server_args.model_path)
+    if found is None:
         return None
-    if stored is None:
-        return None
+    spec, stored = found
     wide = server_args.dtype in FLOAT32
     machine = _machine(get_free_cpu_memory(), server_args.dp_size, _widened(stored) if wide else 0)
     context = server_args.context_length
@@ -56,6 +56,16 @@ def max_total_tokens(server_args) -> int | None:
     tokens = plan.best.pools.full_tokens
     logger.info("KV for %d tokens beside %.1f GiB of weights (--max-total-tokens)", tokens, plan.resident / GIB)
     return tokens
+
+
+@cache
+def facts(model_path: str) -> tuple[ModelSpec, Stored] | None:
+    """What a checkpoint is and holds; None for another model's, a hub's or a damaged one: the loader tells."""
+    try:
+        spec, stored = read(model_path)
+    except (OSError, ValueError, DamagedFile):
+        return None
+    return None if stored is None else (spec, stored)
 
 
 def name_flags(stock, configurator, **options):

@@ -8,7 +8,6 @@ from torch.profiler import ProfilerActivity
 
 from sglang_step35.checkpoint.quantization import METHODS
 from sglang_step35.names import ATTENTION_BACKEND
-from sglang_step35.platform import interleave
 
 # SGLang's names of the quantisations that packed weights serve; it may choose a Marlin name for GPTQ and AWQ.
 QUANTIZATIONS = ("gguf", *METHODS, "gptq_marlin", "awq_marlin")
@@ -77,9 +76,10 @@ class PortablePlatform(CpuDeviceMixin, SRTPlatform):
         server_args.sleep_on_idle = True
         # Nothing runs beside the scheduler here: preparing the next step first would hold every token back for a step.
         server_args.disable_overlap_schedule = True
-        interleave.set_defaults(server_args)
+        from sglang_step35.platform import interleave
         from sglang_step35.platform.kv_default import max_total_tokens
 
+        interleave.set_defaults(server_args)
         tokens = max_total_tokens(server_args)
         if tokens is not None:
             server_args.max_total_tokens = tokens

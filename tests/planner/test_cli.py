@@ -172,7 +172,7 @@ def test_a_machine_of_the_portable_platform(capsys):
     line = printed[-1]
     assert "--model-path /path/to/step-3.5-flash-Q4_K_S.gguf " in line and "--tp-size" not in line
     assert "--device cpu --tool-call-parser" in line
-    assert "--mem-fraction-static 0.969 --chunked-prefill-size 2048 --max-total-tokens 131372 --host" in line
+    assert "--mem-fraction-static 0.969 --max-total-tokens 131372 --host" in line
 
 
 def test_a_cpu_by_its_memory(capsys):
