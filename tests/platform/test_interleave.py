@@ -12,7 +12,7 @@ from sglang_step35.config import parse_config
 from sglang_step35.platform import interleave
 from tests.support.nano_model import generate, greedy, prompts, random_ids
 
-CHUNK, ROUNDS = 64, 6
+CHUNK, ROUNDS = 64, 12
 
 
 def defaults(**given):
@@ -50,9 +50,9 @@ def test_only_chunks_inside_a_prompt_hold_prefills_back(left):
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("drafting, most", [((), 1), (MTP_ARGS, 4)], ids=["off", "mtp"])
-def test_a_long_prompt_leaves_the_others_their_tokens(serve, drafting, most):
-    """Ten chunks, nine pauses: without them the other answer stands still. most: tokens a round."""
+@pytest.mark.parametrize("drafting", [(), MTP_ARGS], ids=["off", "mtp"])
+def test_a_long_prompt_leaves_the_others_their_tokens(serve, drafting):
+    """Ten chunks, nine pauses: without them the other answer stands still, but for what is on its way."""
     flags = ("--chunked-prefill-size", str(CHUNK), "--prefill-decode-interval", str(ROUNDS))
     server, seen = serve(*NANO_ARGS, *drafting, "--dtype", "float32", *flags), []
     ids, long = prompts()[0], random_ids(1, 10 * CHUNK, seed=5)[0]
@@ -68,9 +68,9 @@ def test_a_long_prompt_leaves_the_others_their_tokens(serve, drafting, most):
     other.start()
     assert begun.wait(60)
     before = len(seen[-1])
-    answer = generate(server, long, 8)
+    answer = generate(server, long, 1)
     meanwhile = len(seen[-1]) - before
     other.join()
-    assert 9 * ROUNDS <= meanwhile <= (9 * ROUNDS + 20) * most
-    assert answer["output_ids"] == greedy(tuple(long), 8)
+    assert meanwhile >= 8 * ROUNDS
+    assert answer["output_ids"] == greedy(tuple(long), 1)
     assert seen[-1] == greedy(tuple(ids), 250)
