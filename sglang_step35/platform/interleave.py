@@ -15,8 +15,9 @@ from sglang_step35.platform.kv_default import facts
 MOST, FEWEST = TIGHT_CHUNK, 256  # tokens of a chunk; fewer leave experts too few rows each
 CHUNK_SECONDS = 8
 PACE = 100e9  # operations a second of a core, two for each weight and token; 60 to 150 seen, by format and CPU
-# For 0.9B parameters 3 % of a chunk's time where one request decodes, a quarter where sixteen do.
-ROUNDS = 16
+# Of a chunk for each round behind it. 0.9B parameters decode for 3 % of the time so where one request does, for a
+# quarter where sixteen do.
+TOKENS_A_ROUND = 128
 
 
 def set_defaults(server_args) -> None:
@@ -24,7 +25,7 @@ def set_defaults(server_args) -> None:
     if server_args.chunked_prefill_size is None:
         server_args.chunked_prefill_size = _chunk(server_args)
     if server_args.prefill_decode_interval is None:
-        server_args.prefill_decode_interval = ROUNDS
+        server_args.prefill_decode_interval = max(1, server_args.chunked_prefill_size // TOKENS_A_ROUND)
     # With 0, SGLang's default, a scheduler without anything to decode would sleep for as many rounds.
     server_args.prefill_decode_interval_min_bs = max(1, server_args.prefill_decode_interval_min_bs)
 

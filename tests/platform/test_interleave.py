@@ -24,7 +24,8 @@ def defaults(**given):
 
 
 def test_what_the_user_says_stays():
-    assert defaults() == (2048, interleave.ROUNDS, 1)
+    assert defaults() == (2048, 16, 1)
+    assert [defaults(chunked_prefill_size=size)[1] for size in (-1, 64, 512, 8192)] == [1, 1, 4, 64]
     given = dict(chunked_prefill_size=512, prefill_decode_interval=0, prefill_decode_interval_min_bs=4)
     assert defaults(**given) == (512, 0, 4)
 
