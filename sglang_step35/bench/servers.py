@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ FLUSH_SECONDS = 10
 TRACKER_SECONDS = 2  # multiprocessing's tracker removes shared memory after the others are gone
 TAIL_LINES = 40
 LINE_WIDTH = 300  # SGLang logs all of its arguments in one line of 20,000 characters
+PORTS = range(12_000, 30_000)  # SGLang adds up to 1,000 for its own
 ALIVE = 2  # servers kept at the same time; the least recently used one makes room
 
 # Argument lists to build on: the packaged checkpoint on the CPU, and the seed's speculative flags.
@@ -105,9 +107,12 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """None of those that systems give to connections, which could have it before its server does."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def start(command: list[str], env: dict[str, str] | None, log: Path) -> Process:
