@@ -1,10 +1,9 @@
 """Two ranks on the CPU against the reference: tensor, expert, data and pipeline parallelism."""
 
-import socket
-
 import pytest
 import torch
 
+from sglang_step35.bench.servers import free_port
 from tests.support.checkpoints import CheckpointShape, make_checkpoint
 from tests.support.model_ranks import rank_main
 from tests.support.reference import load_reference
@@ -14,12 +13,6 @@ TOLERANCE = 2e-4
 PROMPTS = [list(range(20, 60)), list(range(100, 125))]
 
 pytestmark = pytest.mark.server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("mode", ["tp", "whole_shared_expert", "ep", "dp", "pp"])

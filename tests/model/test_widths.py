@@ -1,6 +1,5 @@
 """Checkpoints whose widths SGLang would pad on a CPU are served with their own, or refused by the field's name."""
 
-import socket
 import types
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sglang.srt.model_executor import model_runner
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_step35.bench.servers import free_port
 from sglang_step35.config import parse_config
 from sglang_step35.config_fields import ConfigError
 from sglang_step35.model import widths
@@ -74,10 +74,7 @@ def test_odd_widths_on_one_rank(odd):
 @pytest.mark.parametrize("name", ["odd", "nano"])
 def test_two_ranks(name, tmp_path):
     directory = NANO_DIR if name == "nano" else make_checkpoint(tmp_path / "checkpoint", ODD)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    run_ranks(rank_main, directory, tmp_path / "out", port)
+    run_ranks(rank_main, directory, tmp_path / "out", free_port())
     logits, states, drafts = torch.load(tmp_path / "out")
     reference = load_reference(directory)
     assert (logits[0] - reference.logits(PROMPT)[-1]).abs().max() < RANKS_TOLERANCE

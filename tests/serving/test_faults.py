@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -141,16 +142,20 @@ def whole_files(folder) -> set[str]:
 
 
 def wait_for_more(folder, count: int) -> None:
+    wait_until(lambda: len(whole_files(folder)) > count, "no KV was written")
+
+
+def wait_until(so: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + 30
-    while len(whole_files(folder)) <= count:
-        assert time.monotonic() < deadline, "no KV was written"
+    while not so():
+        assert time.monotonic() < deadline, otherwise
         time.sleep(0.1)
 
 
 def test_sigterm_answers_what_was_accepted_and_refuses_what_comes_after(server, reference):
     """Running requests and waiting ones; the last test of this server."""
     under_way, asked = streams(server, 14, AT_ONCE + 2, 200, begun=AT_ONCE)
-    wait_until_waiting(server, 2)
+    wait_until(lambda: waiting(server) >= 2, "the last two did not come")
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     for path, body in BODIES.items():
@@ -161,10 +166,9 @@ def test_sigterm_answers_what_was_accepted_and_refuses_what_comes_after(server, 
     assert server.process.wait(60) == 0
 
 
-def wait_until_waiting(server, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while requests.get(f"{server.url}/v1/loads", timeout=30).json()["loads"][0]["num_waiting_reqs"] < count:
-        assert time.monotonic() < deadline, server.tail()
+def waiting(server) -> int:
+    """Requests in the scheduler's queue."""
+    return requests.get(f"{server.url}/v1/loads", timeout=30).json()["loads"][0]["num_waiting_reqs"]
 
 
 @pytest.mark.parametrize("lost", ["scheduler", "detokenizer"])

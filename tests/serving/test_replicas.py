@@ -28,16 +28,10 @@ PREFILL = re.compile(r"^\[.*\] Prefill batch", re.M)
 def replicas(tmp_path_factory):
     pytest.importorskip("sglang_router", reason="the extra [router] is not installed")
     args = (*NANO_ARGS, *MTP_ARGS, "--dtype", "float32")
-    group = Replicas(
-        args, 2, tmp_path_factory.mktemp("replicas"), free_port_range(), warm.start_server, policy="round_robin"
-    )
+    # Of the three ports from here on the others are likely free, too.
+    group = Replicas(args, 2, tmp_path_factory.mktemp("replicas"), free_port(), warm.start_server, policy="round_robin")
     yield group
     group.close()
-
-
-def free_port_range() -> int:
-    """The first of three ports that are likely free."""
-    return max(20000, free_port() - 3)
 
 
 @dataclass
