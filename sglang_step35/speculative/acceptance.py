@@ -7,8 +7,10 @@ after that chain's first j + 1 tokens. A draft of -1 means "none drafted" and is
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 NO_DRAFT = -1
+_TINY = 1e-30  # in place of a probability of 0
 
 
 def accept_greedy(drafts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,38 +33,55 @@ def accept_sampled(
     coins: Tensor,
     final_coin: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): the output follows `target`.
+    """Block verification (Sun et al. 2024, arXiv:2403.10444, algorithm 2): the output follows `target`, and more drafts
+    are accepted than where one is judged after the other (Leviathan et al. 2023).
 
     drafts: [B, D] int64. target: [B, D + 1, V] float32 probabilities p.
-    proposal: [B, D, V] float32 probabilities q the drafts were sampled from; None when they
-        were chosen greedily, which is the one-hot q.
-    coins: [B, D] and final_coin: [B], uniform in [0, 1).
+    proposal: [B, D, V] float32 probabilities q the drafts were sampled from, 0 for those of a one-hot p; may be None
+        where D is 0.
+    coins: [B, D] and final_coin: [B], uniform in [0, 1), float64. No other round may use them: every one decides.
     Returns tokens [B, D + 1] (entry j valid for j < length) and length [B] int64.
     """
-    drafted = drafts != NO_DRAFT
-    index = drafts.clamp(min=0).unsqueeze(-1)
-    p = target[:, :-1].gather(-1, index).squeeze(-1)
-    q = torch.ones_like(p) if proposal is None else proposal.gather(-1, index).squeeze(-1)
-
-    # Accept draft d with probability min(1, p(d) / q(d)).
-    accepted = drafted & (coins * q < p)
-    kept = _leading(accepted)  # [B]
-
-    # After the first rejection sample from norm(max(p - q, 0)); without one, from p itself.
-    final = _row(target, kept)
-    if drafts.shape[1]:
-        at = kept.clamp(max=drafts.shape[1] - 1)
-        rejected = (kept < drafts.shape[1]) & drafted.gather(1, at[:, None]).squeeze(1)
-        if proposal is None:
-            removed = torch.zeros_like(final).scatter_(1, _row(index, at), 1.0)
-        else:
-            removed = _row(proposal, at)
-        residual = (final - removed).clamp(min=0)
-        usable = rejected & (residual.sum(-1) > 0)
-        final = torch.where(usable[:, None], residual, final)
-    tokens = torch.cat([index.squeeze(-1), index.new_zeros(len(index), 1)], dim=1)
-    tokens = tokens.scatter(1, kept[:, None], inverse_cdf(final, final_coin)[:, None])
+    if proposal is None or not drafts.shape[1]:
+        return inverse_cdf(target[:, 0], final_coin)[:, None], torch.ones_like(final_coin, dtype=torch.long)
+    index, drafted = drafts.clamp(min=0), drafts != NO_DRAFT
+    reach = _reach(target, proposal, index, drafted)
+    kept = _last_accepted(_chances(reach, target, proposal, drafted), coins)
+    # One more: where drafts are left from norm(max(w p - q, 0)), else from p itself.
+    rows = torch.arange(len(kept), device=kept.device)
+    final, before = target[rows, kept], proposal[rows, kept.clamp(max=drafts.shape[1] - 1)]
+    residual = (reach.gather(1, kept[:, None]) * final - before).clamp(min=0)
+    usable = (kept < drafted.sum(dim=1)) & (residual.sum(-1) > 0)
+    final = torch.where(usable[:, None], residual, final)
+    tokens = pad(index, (0, 1)).scatter(1, kept[:, None], inverse_cdf(final, final_coin)[:, None])
     return tokens, kept + 1
+
+
+def _reach(target: Tensor, proposal: Tensor, index: Tensor, drafted: Tensor) -> Tensor:
+    """[B, D + 1]: the chance w with which the first 0 .. D drafts, index [B, D], are accepted.
+
+    w_0 = 1, w_i = min(w_{i-1} p(d_i) / q(d_i), 1): in logarithms a sum less the largest sum so far.
+    """
+    p, q = (table.gather(-1, index.unsqueeze(-1)).squeeze(-1) for table in (target[:, :-1], proposal))
+    sums = pad((p * drafted / q.clamp(min=_TINY)).log().cumsum(1), (1, 0))
+    return (sums - sums.cummax(1).values).exp().nan_to_num(0.0)  # 0 behind a row whose grammar forbids every token
+
+
+def _chances(reach: Tensor, target: Tensor, proposal: Tensor, drafted: Tensor) -> Tensor:
+    """[B, D]: of stopping behind draft 1 .. D, where no longer run of drafts was accepted.
+
+    (w - e) / (1 - e), with the chance e = sum(min(w p, q)) that the next draft is accepted too: 0 behind the last.
+    """
+    reach = reach[:, 1:]
+    going_on = torch.minimum(reach[:, :-1, None] * target[:, 1:-1], proposal[:, 1:]).sum(-1).nan_to_num(0.0)
+    going_on = pad(going_on * drafted[:, 1:], (0, 1))
+    return (reach - going_on) / (1 - going_on)
+
+
+def _last_accepted(chances: Tensor, coins: Tensor) -> Tensor:
+    """[B] int64: the longest run of drafts whose coin says so, 0 without one. chances, coins: [B, D]."""
+    lengths = torch.arange(1, chances.shape[1] + 1, device=chances.device)
+    return ((coins < chances) * lengths).amax(dim=1)
 
 
 def propose_surely(proposal: Tensor, drafts: Tensor, first: Tensor) -> None:
@@ -89,8 +108,3 @@ def inverse_cdf(weights: Tensor, coin: Tensor) -> Tensor:
 def _leading(flags: Tensor) -> Tensor:
     """Number of leading True entries of each row: [B, D] bool -> [B] int64."""
     return flags.long().cumprod(dim=1).sum(dim=1)
-
-
-def _row(values: Tensor, at: Tensor) -> Tensor:
-    """values[b, at[b]]: [B, N, ...] and [B] -> [B, ...]."""
-    return values[torch.arange(len(at), device=at.device), at]

@@ -7,10 +7,11 @@ plain decoding. Depths that were not timed yet cost what `round_cost` foretells,
 were. Everything here is plain arithmetic on numbers handed in, no clock and no tensors.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
+
+from sglang_step35.speculative.round_times import Kind, RoundTimes
 
 _RARELY = 1e-6  # in place of an acceptance of 0
 
@@ -20,22 +21,19 @@ class AdaptiveSettings:
     """max_depth: MTP layers in use; min_depth: equal to it where the depth is fixed. look_ups: a round of any depth may
     go on with looked-up drafts, which costs what it costs. smoothing: weight of one draft in the running acceptance.
 
-    A round's cost is the lower quartile of the last `window` rounds of its depth, at least
-    `enough` of them: whatever else the machine does only ever adds time.
-    Other depths are measured anew as often as the tokens that this loses, as far as is known, stay
-    below a share of `regret`, of `regret_of_costs` those below the depth in use, which show nothing else,
-    but not within probe_every rounds; the first time `curious` times as soon, and plain decoding at once.
-    The first trial of all goes on for first_drafts drafts of the first layer. Where measuring fails for
-    `patience` rounds, because the batch keeps changing, the former cost stands. gain is the advantage
-    needed to change depth, so that noise does not. What the first pass with drafts has to catch up with is
-    to be earned within `horizon` rounds.
+    A depth is measured by `enough` rounds, see `RoundTimes`. Other depths are measured anew as often as the tokens
+    that this loses, as far as is known, stay below a share of `regret`, of `regret_of_costs` those below the depth in
+    use, which show nothing else, but not within probe_every rounds; the first time `curious` times as soon, and plain
+    decoding at once. The first trial of all goes on for first_drafts drafts of the first layer. Measuring is given up
+    after `patience` rounds without a time, because the batch keeps changing. gain is the advantage needed to change
+    depth, so that noise does not. What the first pass with drafts has to catch up with is to be earned within `horizon`
+    rounds.
     """
 
     max_depth: int
     min_depth: int = 0
     look_ups: bool = False
-    smoothing: float = 0.03
-    window: int = 32
+    smoothing: float = 0.015
     enough: int = 3
     regret: float = 0.01
     regret_of_costs: float = 0.004
@@ -79,10 +77,9 @@ class Foretold:
     upkeep: float = 0.0
     catch_up: float = 0.0
 
-    def times(self, scales: Sequence[float]) -> "Foretold":
-        """In another unit, scales by depth."""
-        costs = [cost * scale for cost, scale in zip(self.by_depth, scales, strict=True)]
-        return Foretold(costs, self.upkeep * scales[0], self.catch_up * scales[0])
+    def corrected(self, factors: Sequence[float]) -> "Foretold":
+        """With rounds that cost so many times as much, factors by depth."""
+        return replace(self, by_depth=[cost * factor for cost, factor in zip(self.by_depth, factors, strict=True)])
 
 
 @dataclass
@@ -91,8 +88,7 @@ class DepthController:
 
     entry: seconds a batch pays for each token of one request before any draft, see `entry_cost`. owed: what the batch
     has to catch up with before its next draft, as a share of `Foretold.catch_up`. acceptance: [max_depth] conditional
-    rates. cost: [max_depth + 1] measured seconds of a round by depth, None where
-    too few were seen. wide_cost: the same for rounds with looked-up drafts, empty without look-ups.
+    rates. times: of rounds by depth, and of those with looked-up drafts, in the unit of the prior.
     """
 
     settings: AdaptiveSettings
@@ -101,13 +97,10 @@ class DepthController:
     owed: float = 0.0
     acceptance: list[float] = field(init=False)
     depth: int = field(init=False)
-    cost: list[float | None] = field(init=False)
-    wide_cost: list[float | None] = field(init=False)
+    times: RoundTimes = field(init=False)
     _drafts: list[float] = field(init=False)
-    _seconds: list[deque] = field(init=False)
-    _wide_seconds: list[deque] = field(init=False)
-    _trial: int | None = field(init=False, default=None)
-    _former: float | None = field(init=False, default=None)
+    _trial: Kind | None = field(init=False)
+    _seen: int = field(init=False, default=0)  # rounds of the trial that were timed
     _unmeasured: int = field(init=False, default=0)
     _waited: dict[int, int] = field(init=False)
     _tried: set[int] = field(init=False, default_factory=set)
@@ -116,12 +109,10 @@ class DepthController:
     def __post_init__(self):
         self.depth = self.settings.max_depth
         # Whatever pays later, the first rounds show how far drafts come true.
-        self.acceptance, self._trial = [0.5] * self.settings.max_depth, self.depth
+        self.acceptance, self._trial = [0.5] * self.settings.max_depth, (self.depth, False)
         self._drafts = [0.0] * self.settings.max_depth
+        self.times = RoundTimes(self.prior.by_depth, enough=self.settings.enough)
         depths = range(self.settings.max_depth + 1)
-        self._seconds, self._wide_seconds = ([deque(maxlen=self.settings.window) for _ in depths] for _ in range(2))
-        self.cost = [None for _ in depths]
-        self.wide_cost = [None for _ in depths] if self.settings.look_ups else []
         # Rounds since each was measured; behind the last depth: the other width at the depth in use.
         self._waited = dict.fromkeys(range(self.settings.min_depth, len(depths) + self.settings.look_ups), 0)
 
@@ -130,17 +121,16 @@ class DepthController:
         if former._drafts[0] >= self.settings.first_drafts:
             self.acceptance, self._trial = list(former.acceptance), None
             self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
-        self.prior = self.prior.times(former.scales())
+        self.prior = self.prior.corrected(former.times.corrections())
+        self.times = RoundTimes(self.prior.by_depth, former.times.pace, enough=self.settings.enough)
         self._tried = former._tried - {0}
 
     def observe_round(self, depth: int, seconds: float, wide: bool = False) -> None:
         """Note the time of a round that drafted and verified `depth` tokens; wide: and looked-up ones."""
         if depth < self.settings.min_depth:
             return
-        costs, seen = (self.wide_cost, self._wide_seconds) if wide else (self.cost, self._seconds)
-        seen[depth].append(seconds)
-        if len(seen[depth]) >= self.settings.enough:
-            costs[depth] = sorted(seen[depth])[len(seen[depth]) // 4]
+        self.times.note((depth, wide), seconds, in_use=(depth, wide) == (self.depth, self._wide))
+        self._seen += (depth, wide) == self._trial
         self._wide = wide
 
     def observe_acceptance(self, offered: list[int], accepted: list[int]) -> None:
@@ -154,12 +144,10 @@ class DepthController:
 
     def next_depth(self) -> int:
         """Depth of the next round: the best one known, now and then one to be measured."""
-        if self._trial is not None and not self._found_out(self._trial):
+        if self._trial is not None and not self._found_out():
             self._unmeasured += 1
             if self._unmeasured <= self.settings.patience:
-                return self._trial
-            if self.cost[self._trial] is None:
-                self.cost[self._trial] = self._former
+                return self.planned
         self._trial, self._unmeasured = None, 0
         costs = self._costs(with_debts=True)
         self.depth = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
@@ -173,22 +161,25 @@ class DepthController:
     @property
     def planned(self) -> int:
         """What `next_depth` answered last."""
-        return self.depth if self._trial is None else self._trial
+        return self.depth if self._trial is None else self._trial[0]
 
-    def _found_out(self, trial: int) -> bool:
+    def _found_out(self) -> bool:
         """Whether a trial has told what it is for: seconds, and the first one of all, how far drafts come true."""
         first = not self._tried
-        return self.cost[trial] is not None and (not first or self._drafts[0] >= self.settings.first_drafts)
+        return self._seen >= self.settings.enough and (not first or self._drafts[0] >= self.settings.first_drafts)
 
     def floors(self) -> list[float]:
         """`StopRule.floors`; 0, which never stops, while a depth is measured."""
         cost, depths = self._costs(), range(1, self.settings.max_depth)
         if self._trial is not None:
             return [0.0] * len(depths)
-        best = self._best_rate()
-        extra = [max(0.0, cost[d + 1] - cost[d]) for d in depths]
-        hopes = [max(self.acceptance[d], _RARELY) for d in depths]
-        return [best * seconds / hope for seconds, hope in zip(extra, hopes, strict=True)]
+        best, last = self._best_rate(), self.settings.max_depth
+
+        def floor(depth: int, end: int) -> float:
+            hope = expected_tokens(self.acceptance[depth:], end - depth) - 1
+            return best * max(0.0, cost[end] - cost[depth]) / max(hope, _RARELY)
+
+        return [min(floor(depth, end) for end in range(depth + 1, last + 1)) for depth in depths]
 
     def look_ups_pay(self, depth: int, tokens: float) -> bool:
         """Whether looked-up drafts that should add `tokens` to a round of this depth are worth its wider verify step.
@@ -196,10 +187,12 @@ class DepthController:
         As for one more MTP layer: they have to give at least the tokens that rounds give on average for the seconds
         they cost. Where these are not known, the kind of round that is to be measured comes next.
         """
-        without, with_them = self.cost[depth], self.wide_cost[depth]
-        if without is None or with_them is None:
-            return without is not None
-        return tokens > self._best_rate() * max(0.0, with_them - without)
+        for wide in (False, True):
+            kind = depth, wide
+            if not self.times.measured(kind) or (self._trial == kind and self._seen < self.settings.enough):
+                return wide
+        more = self.times.seconds((depth, True)) - self.times.seconds((depth, False))
+        return tokens > self._best_rate() * max(0.0, more)
 
     def _best_rate(self) -> float:
         """Tokens a second at the best depth."""
@@ -210,25 +203,17 @@ class DepthController:
         return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(costs)]
 
     def _costs(self, with_debts: bool = False) -> list[float]:
-        """Of every depth: measured, or foretold from the nearest depth that was; the prior's own without one.
+        """Seconds of rounds of every depth.
 
         with_debts: rounds with drafts bear their share of what requests paid to have any, and of what is owed before.
         """
-        foretold = self.prior.times(self.scales())
-        costs = [foretold.by_depth[0] + foretold.upkeep, *foretold.by_depth[1:]]
+        costs = [self.times.seconds((depth, False)) for depth in range(self.settings.max_depth + 1)]
+        costs[0] += self.prior.upkeep * self.times.pace
         if with_debts:
-            debt = self.owed * foretold.catch_up / self.settings.horizon
+            debt = self.owed * self.prior.catch_up * self.times.pace / self.settings.horizon
             for depth in range(1, len(costs)):
                 costs[depth] += debt + self.entry * expected_tokens(self.acceptance, depth)
         return [inf if depth < self.settings.min_depth else cost for depth, cost in enumerate(costs)]
-
-    def scales(self) -> list[float]:
-        """By depth, what rounds took for a unit of the prior: of the nearest depth that was timed, 1 without one."""
-        pairs = enumerate(zip(self.cost, self.prior.by_depth, strict=True))
-        timed = {depth: seconds / foretold for depth, (seconds, foretold) in pairs if seconds is not None}
-        if not timed:
-            return [1.0] * len(self.cost)
-        return [timed[d if d in timed else min(timed, key=lambda other: abs(other - d))] for d in range(len(self.cost))]
 
     def _wait(self, kind: int, rates: list[float]) -> float:
         """Rounds from one measurement of a kind of round to the next, where depths have these rates."""
@@ -236,8 +221,8 @@ class DepthController:
         if kind == 0 and kind not in self._tried:  # what drafting must not lose to is measured first
             return settings.enough
         if kind > settings.max_depth:
-            seconds = [found for costs in (self.cost, self.wide_cost) if (found := costs[self.depth]) is not None]
-            lost = 1 - min(seconds) / max(seconds) if seconds else 0.0
+            seconds = [self.times.seconds((self.depth, wide)) for wide in (False, True)]
+            lost = 1 - min(seconds) / max(seconds)
         else:
             lost = 1 - rates[kind] / max(rates)
         others = len(self._waited) - 1
@@ -252,16 +237,9 @@ class DepthController:
         return self.owed * self.prior.catch_up / self.prior.by_depth[0]
 
     def _probe(self, kind: int) -> int:
-        """Forget what another kind of round cost, so that the next rounds measure it; returns their depth."""
+        """Let the next rounds measure another kind of round; returns their depth."""
         self._waited[kind] = 0
         self._tried.add(kind)
-        depth = kind
-        if kind > self.settings.max_depth:
-            depth = self.depth
-            if not self._wide:
-                self._wide_seconds[depth].clear()
-                self.wide_cost[depth] = None
-                return depth
-        self._seconds[depth].clear()
-        self._trial, self._former, self.cost[depth] = depth, self.cost[depth], None
-        return depth
+        widths = kind > self.settings.max_depth
+        self._trial, self._seen = ((self.depth, not self._wide) if widths else (kind, False)), 0
+        return self.planned

@@ -12,6 +12,7 @@ from sglang_step35.speculative.adaptive import AdaptiveSettings, DepthController
 from sglang_step35.speculative.confidence import Calibration, StopRule
 from sglang_step35.speculative.entry_cost import EntryCost
 from sglang_step35.speculative.ranks import ALONE, Ranks
+from sglang_step35.speculative.round_times import PLAIN
 from sglang_step35.speculative.settings import MTPSettings
 
 _UNNOTICED = 0.1  # seconds that a token or a new request may wait for tokens of the same round
@@ -133,8 +134,8 @@ class DepthPlanner:
         """Plain steps of a round without drafts, up to `most`: as many as nobody waits for."""
         if most == 1 or not self.settings.adaptive:
             return 1
-        seconds = self._controller(batch_size).cost[0]
-        return min(most, max(1, int(_UNNOTICED / seconds))) if seconds else 1
+        times = self._controller(batch_size).times
+        return min(most, max(1, int(_UNNOTICED / times.seconds(PLAIN)))) if times.measured(PLAIN) else 1
 
     def look_ups_pay(self, drafted: list[int], tokens: float) -> bool:
         """Whether the round verifies looked-up drafts that should add `tokens` to each request, their mean."""

@@ -13,8 +13,7 @@ from sglang_step35.speculative.grammar import DraftGrammars
 from sglang_step35.speculative.ranks import ALONE, Ranks
 from sglang_step35.speculative.sampling import SamplingRule
 
-# Random streams 0 and 1 belong to the verifier.
-_FIRST_DRAFT_STREAM = 2
+FIRST_DRAFT_STREAM = 64  # those before belong to the columns of the verify step at the same position
 
 
 class DraftSampler:
@@ -44,7 +43,7 @@ class DraftSampler:
         self.sampled = not sampling_info.is_all_greedy
         self.rule = SamplingRule.from_info(sampling_info) if self.sampled else None
         if self.rule is not None:
-            streams = torch.arange(_FIRST_DRAFT_STREAM, _FIRST_DRAFT_STREAM + num_steps, device=positions.device)
+            streams = torch.arange(FIRST_DRAFT_STREAM, FIRST_DRAFT_STREAM + num_steps, device=positions.device)
             self.coins = self.rule.coins(positions.long()[:, None], streams)  # [B, S]
         self.stop_rule = stop_rule
         self.grammars: DraftGrammars | None = None  # set while a pass keeps to them

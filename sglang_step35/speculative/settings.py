@@ -114,6 +114,21 @@ def check_settings(
         )
 
 
+def check_unserved(spec) -> None:
+    """Raise SpeculativeSettingsError where SGLang's resolved arguments ask for what this worker would pass over."""
+    exact = "drafts are accepted so that the output follows the model alone"
+    flags = (
+        ("accept-threshold-single", spec.speculative_accept_threshold_single, 1.0, exact),
+        ("accept-threshold-acc", spec.speculative_accept_threshold_acc, 1.0, exact),
+        ("adaptive-config", spec.speculative_adaptive_config, None, "it measures all that it goes by"),
+        ("draft-window-size", spec.speculative_draft_window_size, None, "the window is that of the checkpoint"),
+        ("token-map", spec.speculative_token_map, None, "MTP layers draft from every token"),
+    )
+    for flag, value, nothing, why in flags:
+        if value != nothing:
+            raise SpeculativeSettingsError(f"--speculative-{flag} {value}: {why}; remove the flag")
+
+
 def check_attention_backends(names: tuple[str | None, ...], window: int | None) -> None:
     """Refuse SGLang's own FlashInfer backend, in whose place `hooks/` puts ours.
 

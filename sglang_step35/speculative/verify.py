@@ -22,9 +22,6 @@ from sglang_step35.speculative.sampling import SamplingRule
 from sglang_step35.speculative.spans import VERIFY, spanned
 from sglang_step35.speculative.state import OutputCounts
 
-# Separate random streams, so that no draw of a seeded request is used twice.
-_ACCEPT_STREAM, _FINAL_STREAM = 0, 1
-
 
 @dataclass(frozen=True)
 class VerifyOutcome:
@@ -52,7 +49,7 @@ class TargetVerifier:
     def run(self, batch, chain: Tensor, proposal: Tensor | None, grammar_barrier=None) -> VerifyOutcome:
         """Verify `chain` [B, N] int64 (column 0 the bonus token, -1 where nothing was drafted).
 
-        proposal: [B, N - 1, V] probabilities the drafts were sampled from, None if greedy.
+        proposal: [B, N - 1, V] probabilities the drafts were sampled from; None for greedy batches and without drafts.
         """
         ids = chain.clamp(min=0) if chain.shape[1] > 1 else chain
         batch.spec_info = chain_verify_input(batch, self.target_worker, ids)
@@ -91,10 +88,8 @@ class TargetVerifier:
         if info.is_all_greedy:
             return accept_greedy(drafts, greedy_choice(logits))
         rule = SamplingRule.from_info(info)
-        columns = torch.arange(width, device=chain.device)
-        streams = torch.full_like(columns, _ACCEPT_STREAM)
-        streams[:1].fill_(_FINAL_STREAM)
-        coins = rule.coins(batch.seq_lens.long()[:, None] + columns, streams)
+        # By the round's first position, which no other round of the request has: each of its coins decides.
+        coins = rule.coins(batch.seq_lens.long()[:, None], torch.arange(width, device=chain.device))
         tokens, accept_lens = accept_sampled(drafts, rule.distribution(logits), proposal, coins[:, 1:], coins[:, 0])
         return self.ranks.same(tokens), self.ranks.same(accept_lens)
 

@@ -37,7 +37,12 @@ from sglang_step35.speculative.prefill import Chunks
 from sglang_step35.speculative.ranks import Ranks
 from sglang_step35.speculative.ring_upkeep import RingUpkeep
 from sglang_step35.speculative.round_cost import RoundCost
-from sglang_step35.speculative.settings import MTPSettings, check_attention_backends, check_settings
+from sglang_step35.speculative.settings import (
+    MTPSettings,
+    check_attention_backends,
+    check_settings,
+    check_unserved,
+)
 from sglang_step35.speculative.slot_upkeep import SlotUpkeep
 from sglang_step35.speculative.spans import PREFILL, ROUND, of_width, spanned
 from sglang_step35.speculative.state import RequestStore
@@ -60,6 +65,7 @@ class Step35SpecWorker(BaseSpecWorker):
         hierarchical = server_args.enable_hierarchical_cache
         by_slot = keeps_states_by_slot(target_worker.model_runner.device, target_worker, hierarchical)
         self.settings = MTPSettings.from_spec(spec, by_slot)
+        check_unserved(spec)
         check_settings(
             num_steps=spec.speculative_num_steps,
             topk=spec.speculative_eagle_topk,

@@ -79,6 +79,11 @@ ROWS = (
             "speculative_algorithm speculative_eagle_topk speculative_num_draft_tokens "
             "speculative_num_steps served_model_name tp_size",
         ),
+        has(
+            "ServerArgs",
+            "speculative_accept_threshold_acc speculative_accept_threshold_single speculative_adaptive_config "
+            "speculative_draft_window_size speculative_token_map",
+        ),
     ),
     *module(
         "sglang.srt.runtime_context",

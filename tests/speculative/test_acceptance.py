@@ -34,7 +34,9 @@ def run_rounds(p, q, *, greedy_drafts, seed, rule=accept_sampled):
     context = torch.cat([torch.zeros(SAMPLES, 1, dtype=torch.long), drafts], 1)
     coins = torch.rand(SAMPLES, DRAFTS, generator=generator, dtype=torch.float64)
     final = torch.rand(SAMPLES, generator=generator, dtype=torch.float64)
-    proposal = None if greedy_drafts else q[context[:, :-1]]
+    proposal = q[context[:, :-1]]
+    if greedy_drafts:
+        propose_surely(proposal, drafts, torch.zeros(SAMPLES))
     tokens, lengths = rule(drafts, p[context], proposal, coins, final)
     for column in range(1, DRAFTS + 1):  # continue what the round did not reach
         plain = draw(p[tokens[:, column - 1]], generator)
@@ -87,6 +89,39 @@ def test_looked_up_drafts_after_sampled_ones_leave_the_target_alone(first):
     assert chi_square(tokens, exact_distribution(p)) < 1.3
 
 
+def one_by_one(drafts, target, proposal, coins, final):
+    """Every draft judged on its own, Leviathan et al. 2023."""
+    index = drafts.unsqueeze(-1)
+    ratio = (target[:, :-1].gather(-1, index) / proposal.gather(-1, index)).squeeze(-1)
+    return drafts, (coins < ratio).long().cumprod(1).sum(1) + 1
+
+
+def test_more_drafts_are_accepted_than_one_by_one():
+    """The example of Sun et al. 2024, section 3: 11 of 9 drafts, one by one 10."""
+    p, q = torch.tensor([1 / 3, 2 / 3]), torch.tensor([2 / 3, 1 / 3])
+    generator = torch.Generator().manual_seed(0)
+    drafts = torch.multinomial(q, 2 * SAMPLES, replacement=True, generator=generator).view(SAMPLES, 2)
+    coins = torch.rand(SAMPLES, 3, generator=generator, dtype=torch.float64)
+    tables = p.expand(SAMPLES, 3, 2), q.expand(SAMPLES, 2, 2)
+    for rule, expected in ((accept_sampled, 11 / 9), (one_by_one, 10 / 9)):
+        _, lengths = rule(drafts, *tables, coins[:, 1:], coins[:, 0])
+        assert (lengths - 1).double().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_chain_may_end_where_its_drafts_say(seed):
+    """As the layers stop behind a draft that they hardly believe in."""
+    p, q = random_tables(seed)
+
+    def stopping(drafts, target, proposal, coins, final):
+        ends = (drafts == 2) | (drafts == 3)
+        drafts = drafts.masked_fill(ends.long().cumsum(1) - ends.long() > 0, -1)
+        return accept_sampled(drafts, target, proposal, coins, final)
+
+    tokens = run_rounds(p, q, greedy_drafts=False, seed=seed, rule=stopping)
+    assert chi_square(tokens, exact_distribution(p)) < 1.3
+
+
 def wrong_rule(drafts, target, proposal, coins, final):
     """Resamples from p instead of the residual: the classic mistake."""
     index = drafts.unsqueeze(-1)
@@ -117,7 +152,7 @@ def test_no_draft_is_never_accepted_and_samples_from_the_target():
     drafts = torch.full((1000, 1), -1)
     coins = torch.zeros(1000, 1)
     final = torch.arange(1000) / 1000
-    tokens, lengths = accept_sampled(drafts, target, None, coins, final)
+    tokens, lengths = accept_sampled(drafts, target, torch.zeros(1000, 1, 2), coins, final)
     assert lengths.eq(1).all()
     assert (tokens[:, 0] == 1).sum() == 750
 

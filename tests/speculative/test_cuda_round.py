@@ -108,7 +108,7 @@ def test_a_greedy_round_launches_a_few_kernels_outside_its_graphs(cuda, monkeypa
 @pytest.mark.parametrize("size", SIZES)
 def test_a_sampled_round_launches_a_bounded_number_of_kernels(cuda, monkeypatch, size):
     waits_of_a_round(cuda, monkeypatch, size, {"temperature": 0.8})
-    assert 24 < len(cuda.launched) <= 133, "\n".join(cuda.launched)
+    assert 24 < len(cuda.launched) <= 146, "\n".join(cuda.launched)
 
 
 @pytest.mark.parametrize("size", SIZES)

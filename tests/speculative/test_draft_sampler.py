@@ -5,7 +5,7 @@ import torch
 
 from sglang_step35.speculative.acceptance import NO_DRAFT
 from sglang_step35.speculative.device import greedy_choice
-from sglang_step35.speculative.draft_sampler import DraftSampler
+from sglang_step35.speculative.draft_sampler import FIRST_DRAFT_STREAM, DraftSampler
 from tests.support.nano_model import chi_square
 from tests.support.toy_requests import ToyRequest, sample, sampling_info
 
@@ -58,7 +58,7 @@ def test_a_sampled_draft_is_what_its_seed_position_and_layer_say_in_any_batch():
         assert found[layer][1] == logits[layer, 1].argmax()
         for b in (0, 2):
             chances = (logits[layer, b] / requests[b].temperature).softmax(-1)
-            assert found[layer][b] == sample(chances, requests[b].coin(positions[b], 2 + layer))
+            assert found[layer][b] == sample(chances, requests[b].coin(positions[b], FIRST_DRAFT_STREAM + layer))
 
 
 def test_the_kept_distributions_are_those_the_drafts_were_drawn_from():

@@ -10,6 +10,7 @@ from sglang_step35.speculative.adaptive import Foretold
 from sglang_step35.speculative.depth import DepthPlanner
 from sglang_step35.speculative.metrics import update_spec_metrics
 from sglang_step35.speculative.plain_steps import most_steps
+from sglang_step35.speculative.round_times import PLAIN
 from sglang_step35.speculative.settings import MTPSettings
 from tests.speculative.test_worker_reach import PROMPT, Laggiest
 from tests.support.worker_host import Host, make_worker
@@ -88,7 +89,7 @@ def test_steps_of_a_round_stay_within_a_tenth_of_a_second(seconds, steps):
     for taken in (1, 1, 3, 4, 4):
         planner.begin_round([0], [0], [[]], taken)
         now[0] += seconds * taken
-    assert planner._controller(1).cost[0] == pytest.approx(seconds)
+    assert planner._controller(1).times.seconds(PLAIN) == pytest.approx(seconds)
     assert planner.plain_steps(1, 4) == steps
 
 

@@ -10,7 +10,9 @@ from sglang_step35.speculative.settings import (
     SpeculativeSettingsError,
     check_attention_backends,
     check_settings,
+    check_unserved,
 )
+from tests.support.speculative_flags import parsed
 
 GOOD = {"num_steps": 3, "topk": 1, "num_draft_tokens": 4, "num_mtp_layers": 3, "attention_dp": 1, "pipeline": 1}
 
@@ -48,6 +50,23 @@ def test_what_is_above_steps_and_one_is_room_for_look_ups(width):
 def test_what_cannot_work_is_refused(change, message):
     with pytest.raises(SpeculativeSettingsError, match=message):
         check_settings(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--speculative-accept-threshold-single", 0.5),
+        ("--speculative-accept-threshold-acc", 0.9),
+        ("--speculative-adaptive-config", "depths.json"),
+        ("--speculative-draft-window-size", 256),
+        ("--speculative-token-map", "tokens.pt"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(flag, value):
+    """By the fields of SGLang's own parser, whose defaults pass."""
+    check_unserved(parsed())
+    with pytest.raises(SpeculativeSettingsError, match=f"{flag} {value}: .*remove the flag"):
+        check_unserved(parsed(flag, str(value)))
 
 
 def test_flashinfer_is_ours_or_refused(monkeypatch):

@@ -227,20 +227,13 @@ def test_seeded_sampling_keeps_and_replaces_drafts_as_the_rule_says(penalty):
     table = Table(7, 60)
     chains = chains_of(table, requests)
     outcome, _ = run(requests, chains, table, sampled=True)
-    check(outcome, [sampled_one_by_one(r, c, *t) for r, c, *t in zip(requests, chains, table.logits, table.proposals)])
+    check(outcome, [sampled(r, c, *t) for r, c, *t in zip(requests, chains, table.logits, table.proposals)])
     assert set(outcome.accept_lens.tolist()) == {1, 2, 3, 4}
 
 
-def sampled_one_by_one(request, chain, logits, proposals):
+def sampled(request, chain, logits, proposals):
     request.proposals = list(proposals)
-    added, last, start = [], chain[0], len(request.tokens) - 1
-    for step, draft in enumerate([*chain[1:], None]):
-        row = request.adjust(logits[last], request.output_ids + added)
-        last = request._choose(row, draft, step, start)
-        added.append(last)
-        if last != draft or (request.temperature and request._rejected):
-            break
-    return added
+    return request.judged(chain[1:], lambda i: logits[chain[i]])
 
 
 def test_the_scheduler_gets_accepted_tokens_their_indices_and_the_new_lengths():

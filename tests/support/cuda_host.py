@@ -19,6 +19,7 @@ from sglang_step35.speculative.pass_buffers import PassBuffers, VerifiedBuffers
 from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.verify_graphs import NarrowStep
 from tests.support.fake_cuda import replayed
+from tests.support.speculative_flags import speculative_flags
 from tests.support.toy_requests import ToyRequest
 
 CUDA = torch.device("cuda")
@@ -168,13 +169,7 @@ def make_worker(monkeypatch, *, captured: bool = True, plans_on_host: bool = Fal
 
     narrow: verify widths with graphs of their own, for adaptive depth.
     """
-    spec = SimpleNamespace(
-        speculative_num_steps=STEPS,
-        speculative_adaptive=bool(narrow),
-        speculative_eagle_topk=1,
-        speculative_num_draft_tokens=STEPS + 1,
-        speculative_use_rejection_sampling=False,
-    )
+    spec = speculative_flags(STEPS, adaptive=bool(narrow))
     parallel = SimpleNamespace(attn_dp_size=1, pp_size=1, tp_rank=0, tp_group=None)
     for module in (worker, eagle_info):
         monkeypatch.setattr(module, "get_spec", lambda: spec)

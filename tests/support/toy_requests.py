@@ -1,12 +1,14 @@
 """Requests, sampling settings and the plain decoding they are held to, for tests of the worker without a server."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from sglang_step35.speculative.draft_sampler import FIRST_DRAFT_STREAM
 from sglang_step35.speculative.sampling import hashed_uniform
 from tests.support.toy_mtp import VOCAB, Definition
 
@@ -94,35 +96,38 @@ class ToyRequest:
             if not self.temperature:
                 return int(logits.argmax())
             proposals.append((logits / self.temperature).softmax(-1))
-            return sample(proposals[-1], self.coin(len(self.tokens) - 1, 2 + layer))
+            return sample(proposals[-1], self.coin(len(self.tokens) - 1, FIRST_DRAFT_STREAM + layer))
 
         return Definition(self.tokens).draft(count, pick), proposals
 
     def expected_round(self) -> list[int]:
-        """Tokens the next round adds, from the present drafts, one at a time as plain decoding would."""
-        definition, added = Definition(self.tokens), []
-        start = len(self.tokens) - 1
-        for step in range(len(self.drafts) + 1):
-            logits = self.adjust(definition.target(added), self.output_ids + added)
-            draft = self.drafts[step] if step < len(self.drafts) else None
-            token = self._choose(logits, draft, step, start)
-            added.append(token)
-            if token != draft or (self.temperature and self._rejected):
-                break
-        return added
+        """Tokens the next round adds, from the present drafts."""
+        definition = Definition(self.tokens)
+        return self.judged(self.drafts, lambda i: definition.target(self.drafts[:i]))
 
-    def _choose(self, logits: Tensor, draft: int | None, step: int, start: int) -> int:
-        """One token; a draft of a sampling request is kept with chance p / q, else the rest is sampled."""
-        if not self.temperature:
-            return int(logits.argmax())
-        p = (logits / self.temperature).softmax(-1)
-        self._rejected = False
-        if draft is not None:
-            q = self.proposals[step]
-            if self.coin(start + step + 1, 0) * q[draft] < p[draft]:
-                return draft
-            p, self._rejected = (p - q).clamp(min=0), True
-        return sample(p, self.coin(start, 1))
+    def judged(self, drafts: list[int], target: Callable[[int], Tensor]) -> list[int]:
+        """What is kept of these drafts and the token behind them; target(i): logits [V] behind the first i."""
+        rows = [self.adjust(target(i), self.output_ids + drafts[:i]) for i in range(len(drafts) + 1)]
+        if self.temperature:
+            return self._sampled([(row / self.temperature).softmax(-1) for row in rows], drafts)
+        wanted = [int(row.argmax()) for row in rows]
+        kept = next((i for i, draft in enumerate(drafts) if draft != wanted[i]), len(drafts))
+        return wanted[: kept + 1]
+
+    def _sampled(self, p: list[Tensor], drafts: list[int]) -> list[int]:
+        """Block verification as Sun et al. 2024 write it (algorithm 2), with the coins of this request's seed."""
+        start, q, chances = len(self.tokens) - 1, self.proposals, [1.0]
+        for i, draft in enumerate(drafts):
+            chances.append(min(chances[-1] * float(p[i][draft]) / float(q[i][draft]), 1.0))
+        left = [(w * p[i] - q[i]).clamp(min=0) for i, w in enumerate(chances[:-1])]
+        kept = 0
+        for i in range(1, len(drafts) + 1):
+            accepted = chances[i]
+            if i < len(drafts) and accepted < 1:
+                accepted = float(left[i].sum()) / (float(left[i].sum()) + 1 - accepted)
+            if self.coin(start, i) < accepted:
+                kept = i
+        return [*drafts[:kept], sample(left[kept] if kept < len(drafts) else p[kept], self.coin(start, 0))]
 
     def coin(self, position: int, stream: int) -> float:
         """The uniform number of this request's seed."""

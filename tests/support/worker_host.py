@@ -21,6 +21,7 @@ from sglang_step35.speculative.settings import MTPSettings
 from sglang_step35.speculative.verify_graphs import NarrowStep
 from tests.support.plain_lookup import continuation
 from tests.support.sliding_slots import SlidingSlots
+from tests.support.speculative_flags import speculative_flags
 from tests.support.toy_mtp import EARLIER_KEYS, VOCAB, ToyMTP, ToyTarget, target_logits
 from tests.support.toy_requests import ToyRequest, sampling_info, sure
 
@@ -148,13 +149,7 @@ def make_worker(
     sliding: slots of the sliding pool, which lets the worker keep hidden states by slot; 0: it has its rings.
     states: how many of these.
     """
-    spec = SimpleNamespace(
-        speculative_num_steps=steps,
-        speculative_adaptive=adaptive,
-        speculative_eagle_topk=1,
-        speculative_num_draft_tokens=steps + 1 + look_ups,
-        speculative_use_rejection_sampling=False,
-    )
+    spec = speculative_flags(steps, look_ups=look_ups, adaptive=adaptive)
     monkeypatch.setattr(worker, "get_spec", lambda: spec)
     monkeypatch.setattr(eagle_info, "get_spec", lambda: spec)
     monkeypatch.setattr(

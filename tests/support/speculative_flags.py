@@ -1,0 +1,19 @@
+"""SGLang's resolved speculative arguments for workers that run without a server."""
+
+from argparse import ArgumentParser, Namespace
+
+from sglang.srt.server_args import ServerArgs
+
+
+def parsed(*flags: str) -> Namespace:
+    """As SGLang's own command line understands them."""
+    parser = ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser.parse_args(["--model-path", "any", *flags])
+
+
+def speculative_flags(steps: int, *, look_ups: int = 0, adaptive: bool = False) -> Namespace:
+    """--speculative-num-steps and what goes with it."""
+    found = parsed("--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1")
+    found.speculative_num_draft_tokens, found.speculative_adaptive = steps + 1 + look_ups, adaptive
+    return found
