@@ -203,11 +203,16 @@ class DepthController:
         return [expected_tokens(self.acceptance, d) / cost for d, cost in enumerate(costs)]
 
     def _costs(self, with_debts: bool = False) -> list[float]:
-        """Seconds of rounds of every depth.
+        """Seconds of rounds of every depth. A deeper one takes no less: where measurements say so, the depth in use is
+        the one that is known.
 
         with_debts: rounds with drafts bear their share of what requests paid to have any, and of what is owed before.
         """
         costs = [self.times.seconds((depth, False)) for depth in range(self.settings.max_depth + 1)]
+        for depth in reversed(range(self.depth)):
+            costs[depth] = min(costs[depth], costs[depth + 1])
+        for depth in range(self.depth, self.settings.max_depth):
+            costs[depth + 1] = max(costs[depth], costs[depth + 1])
         costs[0] += self.prior.upkeep * self.times.pace
         if with_debts:
             debt = self.owed * self.prior.catch_up * self.times.pace / self.settings.horizon

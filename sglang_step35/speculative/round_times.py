@@ -15,10 +15,10 @@ class RoundTimes:
 
     Every round tells the pace, as the lower quartile of the last `window`, since whatever else the machine does only
     ever adds time. A kind's share is what its rounds took beside the last ones of other kinds, `enough` at a time: both
-    at one pace. Shares begin as foretold, in any unit; the first measurement replaces that, later ones weigh less, down
-    to `weight`. Plain arithmetic on numbers handed in.
+    at one pace. Shares begin as foretold, in any unit, which counts as one measurement; each later one weighs less,
+    down to `weight`. Of rounds with looked-up drafts nothing is foretold. Plain arithmetic on numbers handed in.
 
-    foretold: shares by depth, of both widths. pace: seconds of one unit, 1 before any round.
+    foretold: shares by depth. pace: seconds of one unit, 1 before any round.
     """
 
     foretold: Sequence[float]
@@ -54,7 +54,8 @@ class RoundTimes:
 
     def _measure(self, kind: Kind, rounds: list[tuple[float, float]]) -> None:
         self._measured[kind] += 1
-        weight = max(1 / self._measured[kind], self.weight)
+        _, wide = kind
+        weight = max(1 / (self._measured[kind] + (not wide)), self.weight)
         found = median(seconds / pace for seconds, pace in rounds)
         self._shares[kind] *= (found / self._shares[kind]) ** weight
         self._rounds.extend((kind, seconds / self._shares[kind]) for seconds, _ in rounds)

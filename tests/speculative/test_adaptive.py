@@ -52,7 +52,7 @@ def test_small_advantages_do_not_change_the_depth():
 
 def test_a_pass_stops_where_its_next_layer_gives_less_than_rounds_give_on_average():
     """Acceptance 0.8 each and 10 ms + 1.5 ms a draft: at best 2.952 tokens in 14.5 ms."""
-    controller = DepthController(AdaptiveSettings(max_depth=3), PRIOR)
+    controller = DepthController(AdaptiveSettings(max_depth=3), Foretold(COST))
     assert controller.floors() == [0.0, 0.0]  # nothing measured yet
     for depth, seconds in enumerate(COST):
         for _ in range(4):
@@ -132,6 +132,14 @@ def test_a_pass_goes_on_where_two_layers_together_give_enough():
     controller.acceptance = [0.8, 0.8, 0.8]
     rate = 2.952 / 62
     assert controller.floors() == pytest.approx([rate * 12 / (0.8 + 0.64), 0.0])
+
+
+@pytest.mark.parametrize("used, costs", [(3, [10, 14, 14, 14]), (1, [10, 20, 20, 20]), (0, [10, 20, 20, 20])])
+def test_a_deeper_round_takes_no_less(used, costs):
+    """Of two measurements that say so, that of the depth in use counts, since it goes on."""
+    controller = DepthController(AdaptiveSettings(max_depth=3), Foretold([10, 20, 16, 14]))
+    controller.depth = used
+    assert controller._costs() == costs
 
 
 def test_follows_a_shifting_load():
@@ -308,7 +316,8 @@ def test_planner_calibrates_from_the_drafts_verification_reached():
 
 def measured(without: float, with_look_ups: float, **settings) -> DepthController:
     """Every depth at COST but the deepest, whose two widths are given."""
-    controller = DepthController(AdaptiveSettings(max_depth=3, look_ups=True, **settings), PRIOR)
+    foretold = Foretold([*COST[:3], without])
+    controller = DepthController(AdaptiveSettings(max_depth=3, look_ups=True, **settings), foretold)
     for depth, seconds in enumerate([*COST[:3], without]):
         for _ in range(3):
             controller.observe_round(depth, seconds)
@@ -436,7 +445,7 @@ def test_trials_behind_many_rounds_without_drafts_are_as_rare_as_catching_up_is_
 
 
 def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
-    """Where rounds with drafts take twice what their bytes foretell, they do so in other batches."""
+    """Rounds with drafts take twice what their bytes foretell: as far as that is known, in other batches too."""
     now = [0.0]
     settings = MTPSettings(num_steps=1, adaptive=True)
     planner = DepthPlanner(settings, lambda batch: Foretold([10 * batch, 10 * batch]), clock=lambda: now[0])
@@ -444,7 +453,7 @@ def test_a_new_batch_size_costs_what_the_one_before_took_for_its_prior():
         for _ in range(4):
             planner.begin_round([depth], [depth], [[]])
             now[0] += seconds
-    assert planner._controller(4)._costs() == pytest.approx([4.0, 8.0])
+    assert planner._controller(4)._costs() == pytest.approx([4.0, 4.0 * 2**0.5])
 
 
 def test_rounds_of_a_shrinking_batch_count_as_of_the_size_it_had():
