@@ -170,16 +170,17 @@ class DepthController:
 
     def floors(self) -> list[float]:
         """`StopRule.floors`; 0, which never stops, while a depth is measured."""
-        cost, depths = self._costs(), range(1, self.settings.max_depth)
+        last = self.settings.max_depth
         if self._trial is not None:
-            return [0.0] * len(depths)
-        best, last = self._best_rate(), self.settings.max_depth
+            return [0.0] * (last - 1)
+        cost = self._costs()
+        best = max(self._rates(cost))
 
         def floor(depth: int, end: int) -> float:
             hope = expected_tokens(self.acceptance[depth:], end - depth) - 1
             return best * max(0.0, cost[end] - cost[depth]) / max(hope, _RARELY)
 
-        return [min(floor(depth, end) for end in range(depth + 1, last + 1)) for depth in depths]
+        return [min(floor(depth, end) for end in range(depth + 1, last + 1)) for depth in range(1, last)]
 
     def look_ups_pay(self, depth: int, tokens: float) -> bool:
         """Whether looked-up drafts that should add `tokens` to a round of this depth are worth its wider verify step.
@@ -192,11 +193,7 @@ class DepthController:
             if not self.times.measured(kind) or (self._trial == kind and self._seen < self.settings.enough):
                 return wide
         more = self.times.seconds((depth, True)) - self.times.seconds((depth, False))
-        return tokens > self._best_rate() * max(0.0, more)
-
-    def _best_rate(self) -> float:
-        """Tokens a second at the best depth."""
-        return max(self._rates(self._costs()))
+        return tokens > max(self._rates(self._costs())) * max(0.0, more)
 
     def _rates(self, costs: list[float]) -> list[float]:
         """Tokens a second by depth."""

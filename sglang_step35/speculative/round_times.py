@@ -40,8 +40,9 @@ class RoundTimes:
 
     def note(self, kind: Kind, seconds: float, in_use: bool) -> None:
         """A round took so long; in_use: other kinds are measured beside this one."""
-        others = [unit for other, unit in self._rounds if other != kind][-self.beside :]
-        if others and not (in_use and self._measured[kind]):
+        compared = not (in_use and self._measured[kind])
+        others = [unit for other, unit in self._rounds if other != kind][-self.beside :] if compared else []
+        if others:
             self._waiting[kind].append((seconds, median(others)))
             if len(self._waiting[kind]) == self.enough:
                 self._measure(kind, self._waiting.pop(kind))

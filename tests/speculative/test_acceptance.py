@@ -124,9 +124,7 @@ def test_a_chain_may_end_where_its_drafts_say(seed):
 
 def wrong_rule(drafts, target, proposal, coins, final):
     """Resamples from p instead of the residual: the classic mistake."""
-    index = drafts.unsqueeze(-1)
-    ratio = target[:, :-1].gather(-1, index) / proposal.gather(-1, index)
-    kept = (coins < ratio.squeeze(-1)).long().cumprod(1).sum(1)
+    kept = one_by_one(drafts, target, proposal, coins, final)[1] - 1
     rows = torch.arange(len(kept))
     tokens = torch.cat([drafts, torch.zeros(len(drafts), 1, dtype=torch.long)], 1)
     tokens[rows, kept] = inverse_cdf(target[rows, kept], final)
