@@ -131,6 +131,10 @@ class Code:
         product = self.builder.fmul(a, b, flags=("contract",))
         return self.builder.fadd(product, c, flags=("contract",))
 
+    def larger(self, a, b):
+        """b where either is no number."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
     def add_pairs(self, a, b, c):
         """c + the products of pairs of a's and b's bfloat16 numbers, side by side; needs `multiplies_pairs()`."""
         kind, sums = vector(_BFLOAT, 2 * lanes()), vector(FLOAT)

@@ -43,7 +43,7 @@ def begin_tiles(typing, configuration):
     """Before `multiply_tiles`: the address of a `configuration()`."""
 
     def generate(context, builder, signature, arguments):
-        _call(builder, "ldtilecfg", _at(builder, arguments[0]))
+        call(builder, "ldtilecfg", arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -54,7 +54,7 @@ def end_tiles(typing):
     """The thread has no tiles to keep any more."""
 
     def generate(context, builder, signature, arguments):
-        _call(builder, "tilerelease")
+        call(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -82,19 +82,19 @@ def multiply_tiles(typing, rows, row_count, pairs, pair_count, tiles, sums):
 def _multiply(builder, rows, row_count: int, pairs, pair_count: int, tiles, sums) -> None:
     products = [(i, j) for i in range(row_count) for j in range(pair_count)]
     for i, j in products:
-        _call(builder, "tilezero", BYTE(2 * i + j))
+        call(builder, "tilezero", 2 * i + j)
     apart, line = builder.mul(tiles, INT64(TILE)), INT64(LINE)
     with cgutils.for_range(builder, tiles) as loop:
         offset = builder.mul(loop.index, INT64(TILE))
         for base, registers in ((rows, _ROWS[:row_count]), (pairs, _PAIRS[:pair_count])):
             for number, register in enumerate(registers):
                 place = builder.add(builder.add(base, offset), builder.mul(apart, INT64(number)))
-                _call(builder, "tileloadd64", BYTE(register), _at(builder, place), line)
+                call(builder, "tileloadd64", register, place, line)
         for i, j in products:
-            _call(builder, "tdpbf16ps", BYTE(2 * i + j), BYTE(_ROWS[i]), BYTE(_PAIRS[j]))
+            call(builder, "tdpbf16ps", 2 * i + j, _ROWS[i], _PAIRS[j])
     for number, (i, j) in enumerate(products):
         place = builder.add(sums, INT64(TILE * number))
-        _call(builder, "tilestored64", BYTE(2 * i + j), _at(builder, place), line)
+        call(builder, "tilestored64", 2 * i + j, place, line)
 
 
 @intrinsic
@@ -237,10 +237,10 @@ def _turned(code: Code, lines: list) -> list:
     return lines
 
 
-def _at(builder, address):
-    return builder.inttoptr(address, _POINTER)
-
-
-def _call(builder, name: str, *arguments) -> None:
+def call(builder, name: str, *operands) -> None:
+    """An instruction of the unit. operands: numbers of registers, then an address and the bytes from row to row."""
+    numbers = [BYTE(operand) for operand in operands if isinstance(operand, int)]
+    address = [builder.inttoptr(operand, _POINTER) for operand in operands[len(numbers) :][:1]]
+    arguments = [*numbers, *address, *operands[len(numbers) + 1 :]]
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)

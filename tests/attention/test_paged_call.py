@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 
-from sglang_step35.attention.portable import paged_call, paged_kernel, plan, team
+from sglang_step35.attention.portable import paged_call, plan, segment, team
 from sglang_step35.attention.portable.kernel_calls import KVReader
 from sglang_step35.attention.portable.paged_call import PagedCall, SlotTable, reads
+from sglang_step35.attention.portable.paged_kernel import BY_AMX
 from sglang_step35.attention.portable.plan import PassRows, cut_pass
 from sglang_step35.config import ALL_KEYS
+from sglang_step35.packed import amx_rows
 
 SCALE = 0.2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -75,7 +77,18 @@ def parts(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.fixture(params=["float32", "bfloat16", BY_AMX])
+def dtype(request, monkeypatch):
+    """Of queries and pools. Where the CPU has AMX, it multiplies all bfloat16 numbers that nobody keeps from it."""
+    if request.param == "bfloat16":
+        monkeypatch.setattr(amx_rows, "supported", lambda: False)
+    elif request.param == BY_AMX and not amx_rows.supported():
+        pytest.skip("the CPU has no AMX")
+    chosen = torch.float32 if request.param == "float32" else torch.bfloat16
+    assert paged_call.kind(chosen) == request.param
+    return chosen
+
+
 @pytest.mark.parametrize("earlier_keys", [ALL_KEYS, 0, 5, 63, 64, 100])
 def test_requests_of_different_lengths(dtype, earlier_keys, parts):
     """Decode beside verify rows, lengths around a block's, windows that begin within one."""
@@ -83,16 +96,17 @@ def test_requests_of_different_lengths(dtype, earlier_keys, parts):
 
 
 @pytest.mark.parametrize("heads, group, size", [(1, 1, 16), (1, 8, 128), (2, 5, 48), (3, 2, 64), (2, 12, 128)])
-def test_shapes(heads, group, size, parts):
+def test_shapes(dtype, heads, group, size, parts):
     """Heads that share a key in no multiple of a tile, sizes of whole and of broken tiles."""
-    Case([(1, 130), (3, 70)], heads=heads, group=group, size=size).check(ALL_KEYS)
-    Case([(1, 130)], heads=heads, group=group, size=size, dtype=torch.bfloat16).check(90)
+    case = Case([(1, 130), (3, 70), (5, 66)], heads=heads, group=group, size=size, dtype=dtype)
+    case.check(ALL_KEYS)
+    case.check(90)
 
 
 @pytest.mark.parametrize("earlier_keys", [ALL_KEYS, 7])
-def test_rows_before_the_first_position(earlier_keys, parts):
+def test_rows_before_the_first_position(dtype, earlier_keys, parts):
     """Padding rows are 0, also of requests that have no other; beside them the real rows are right."""
-    case = Case([(4, 2), (1, 0), (3, 0), (20, 9), (4, 80)])
+    case = Case([(4, 2), (1, 0), (3, 0), (20, 9), (4, 80)], dtype=dtype)
     case.check(earlier_keys)
     out = case.run(earlier_keys)
     padding = torch.tensor([0, 1, 4, 5, 6, 7, *range(8, 19)])
@@ -123,36 +137,36 @@ def test_slots_that_compiled_code_would_misread(table, mapping, message):
         SlotTable(table, mapping)
 
 
-def test_large_scores():
+def test_large_scores(dtype):
     """The largest score comes first, last or between; its weight is 1 and the others' vanish, in bounds of float32."""
     for place in (0, 63, 64, 150, 199):
-        case = Case([(1, 200)], group=1)
+        case = Case([(1, 200)], group=1, dtype=dtype)
         case.keys[case.table[0, place].long()] = case.q[0].view(2, -1) * 50
         case.check(ALL_KEYS)
 
 
-def test_nan_of_a_key_is_not_hidden():
-    case = Case([(1, 100)])
+def test_nan_of_a_key_is_not_hidden(dtype):
+    case = Case([(1, 100)], dtype=dtype)
     case.keys[case.table[0, 40].long(), 1] = torch.nan
     out = case.run(ALL_KEYS)
     assert torch.isfinite(out[:, :3]).all() and out[:, 3:].isnan().all()
 
 
-def test_slices_are_read_where_they_are():
+def test_slices_are_read_where_they_are(dtype):
     """Queries of a joint projection, pools that are slices of a larger one."""
-    case = Case([(4, 90)], dtype=torch.bfloat16)
+    case = Case([(4, 90)], dtype=dtype)
     expected = case.run(ALL_KEYS)
-    wide = torch.randn(4, 500).bfloat16()
+    wide = torch.randn(4, 500).to(dtype)
     wide[:, :192] = case.q.flatten(1)
     case.q = wide[:, :192].unflatten(1, (6, 32))
     both = torch.stack((case.keys, case.values), 1)
     case.keys, case.values = both.unbind(1)
-    assert not case.q.is_contiguous() and not case.keys.is_contiguous() and reads(case.keys, torch.bfloat16)
+    assert not case.q.is_contiguous() and not case.keys.is_contiguous() and reads(case.keys, dtype)
     assert torch.equal(case.run(ALL_KEYS), expected)
 
 
-def test_repeats_are_equal(parts):
-    case = Case([(4, 300), (1, 77)], dtype=torch.bfloat16)
+def test_repeats_are_equal(dtype, parts):
+    case = Case([(4, 300), (1, 77)], dtype=dtype)
     assert all(torch.equal(case.run(100), case.run(100)) for _ in range(5))
 
 
@@ -169,7 +183,7 @@ def test_threads_that_pay():
     case = Case([(1, 100)])
     assert case.call(ALL_KEYS)._parts(6 * 32, 2) == 1
     large = Case([(4, 1000)]).call(ALL_KEYS)
-    assert large._parts(paged_call.ALONE, 2) == min(torch.get_num_threads(), 2 * math.ceil(1000 / paged_kernel.KEYS))
+    assert large._parts(paged_call.ALONE, 2) == min(torch.get_num_threads(), 2 * math.ceil(1000 / segment.KEYS))
 
 
 @pytest.mark.parametrize(

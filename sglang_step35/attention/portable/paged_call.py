@@ -11,13 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_step35.attention.portable import paged_kernel, team
+from sglang_step35.attention.portable import paged_kernel, segment, team
 from sglang_step35.attention.portable.kernel_calls import KVReader
+from sglang_step35.packed import amx_rows
 from sglang_step35.packed.ik_check import usable
 from sglang_step35.vector_code import lanes
 
 ALONE = 1 << 19  # products that one core has done before another one has begun
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def kind(dtype: torch.dtype) -> str:
+    """What `paged_kernel` calls pools of this type that `reads` accepts."""
+    return paged_kernel.BY_AMX if dtype is torch.bfloat16 and amx_rows.supported() else NAMES[dtype]
 
 
 def reads(pool: Tensor, dtype: torch.dtype) -> bool:
@@ -33,10 +39,10 @@ def reads(pool: Tensor, dtype: torch.dtype) -> bool:
 def prepare(dtype: torch.dtype) -> None:
     """Compile what reads pools of this type, which takes seconds: graphs of layers are for other types than float32."""
     if dtype in NAMES:
-        paged_kernel.compiled(NAMES[dtype])
+        paged_kernel.compiled(kind(dtype))
     if dtype is torch.bfloat16 and usable():
-        paged_kernel.compiled_store(NAMES[dtype])
-        paged_kernel.compiled_step(NAMES[dtype])
+        paged_kernel.compiled_store(kind(dtype))
+        paged_kernel.compiled_step(kind(dtype))
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class PagedCall:
         earlier = max(ends) if earlier_keys < 0 else earlier_keys
         # The keys, up to its end, that a request's rows see together; one block at least, by which padding becomes 0.
         spans = [min(end, earlier + count) for end, count in zip(ends, counts, strict=True)]
-        blocks = [0, *accumulate(max(1, -(-span // paged_kernel.KEYS)) for span in spans)]
+        blocks = [0, *accumulate(max(1, -(-span // segment.KEYS)) for span in spans)]
         columns = [*first_rows, 0], [*counts, 0], [*ends, 0], [*indices, 0], [*spans, 0], blocks
         requests = np.array(columns).T.copy()
         pairs = sum(count * span for count, span in zip(counts, spans, strict=True))
@@ -111,7 +117,7 @@ class PagedCall:
             scale=scale,
             **self.fields(q.shape[1], heads, size, reader.scratch.address),
         )
-        team.run(paged_kernel.compiled(NAMES[q.dtype]), task, task.parts)
+        team.run(paged_kernel.compiled(kind(q.dtype)), task, task.parts)
 
     def fields(self, queries: int, heads: int, size: int, memory: Callable[[int], int]) -> dict[str, int]:
         """What a `Task` has of the pass, for layers of so many query and key heads of this size.
@@ -119,7 +125,7 @@ class PagedCall:
         memory: to be written, for a number of bytes its address.
         """
         parts, rows = self._parts(queries * size, heads), self.rows * (queries // heads)
-        record, room = paged_kernel.record_floats(rows, size), paged_kernel.room_bytes(rows, size)
+        record, room = paged_kernel.record_floats(rows, size), segment.room_bytes(rows, size)
         rooms = memory(parts * (8 * record + room))
         return dict(
             table=self.table.of_requests.data_ptr(),

@@ -1,27 +1,30 @@
 """Attention of few rows per request, keys and values read where they lie in the pools, compiled by numba for this CPU.
 
 Letters: B requests, T query rows of the pass, Q rows of a request, H query heads, N key/value heads, G = H / N, D head
-size, S slots of the pool, R = Q * G rows that read the keys of one head, padded to a multiple of ROWS.
+size, S slots of the pool, R = Q * G rows that read the keys of one head, padded to a multiple of SIDE.
 
 A block of keys of one request and one head is a unit of work. The units stand in a row, request by request and head by
 head; every part of the work is an equal share of them, so that a single request keeps all threads busy. Where a share
-begins or ends within a head its result is a partial softmax; whoever finishes last merges those. Everything between
-reading and writing is float32.
+begins or ends within a head its result is a partial softmax; whoever finishes last merges those. What is
+between reading and writing is float32, but for the operands of AMX.
 """
 
 from ctypes import Structure, c_double, c_int64
 from functools import cache
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, literally, njit, types
 
-from sglang_step35.attention.portable.softmax_rows import NEVER, fill, merge, weigh
-from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, add_one, mix, scores
-from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, widen
+from sglang_step35.attention.portable.segment import KEYS, integers, segment, whole
+from sglang_step35.attention.portable.softmax_rows import NEVER, merge
+from sglang_step35.attention.portable.tiles import add_one
+from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
+from sglang_step35.packed.amx_tiles import SIDE
 
-_SOURCES = *(f"attention.portable.{name}" for name in ("paged_kernel", "softmax_rows", "tiles")), *SHARED
-KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
+_MODULES = "paged_kernel", "segment", "softmax_rows", "tiles", "amx_block", "amx_code"
+_PACKED = "amx_tiles", "int8_formats", "int8_code"
+_SOURCES = *(f"attention.portable.{n}" for n in _MODULES), *(f"packed.{n}" for n in _PACKED), *SHARED
 # Addresses of memory without gaps, but for rows of q and slots of keys and values, which stand `*_stride` bytes apart.
 # q, out: [T, H, D]. keys, values: [S, N, D]. table: int32 slots of each request's positions, `table_stride` bytes from
 # request to request. mapping: int64, to the slots of the sliding pool, or 0. requests: [count + 1] of REQUEST.
@@ -44,19 +47,14 @@ class Task(Structure):
 # entry only this is read: the number of all blocks.
 REQUEST = np.dtype([(name, np.int64) for name in ("first_row", "rows", "end", "index", "keys", "first_block")])
 TASK, _REQUEST_BYTES = np.dtype(Task), REQUEST.itemsize
-_LOG2E = 1.4426950408889634
-_STORED = {"float32": np.float32, "bfloat16": np.uint16}
+BY_AMX = "bfloat16 by AMX"
+_STORED = {"float32": np.float32, "bfloat16": np.uint16, BY_AMX: np.uint16}
 _STARTED, _FINISHED = (getattr(Task, name).offset for name in _COUNTERS.split())
 
 
 def record_floats(rows: int, size: int) -> int:
     """Of a partial result: sums [R, D] and states [R, 2]."""
-    return -(-rows // ROWS) * ROWS * (size + 2)
-
-
-def room_bytes(rows: int, size: int) -> int:
-    """Of a thread: queries [R, D] and weights [R, KEYS] in float32, addresses [2, 2, KEYS]."""
-    return -(-rows // ROWS) * ROWS * (size + KEYS) * 4 + 4 * KEYS * 8
+    return -(-rows // SIDE) * SIDE * (size + 2)
 
 
 @njit(**EXACT)
@@ -65,20 +63,10 @@ def _request(task, b):
 
 
 @njit(**EXACT)
-def _integers(address, count):
-    return carray(pointer(address), count, np.int64)
-
-
-@njit(**EXACT)
-def _padded(count, step):
-    return (count + step - 1) // step * step
-
-
-@njit(**EXACT)
 def _record(task, part, which, rows):
     """Addresses of sums and states of a part's first head, or of another one."""
     sums = task.records + (2 * part + which) * task.record * 4
-    return sums, sums + _padded(rows, ROWS) * task.size * 4
+    return sums, sums + whole(rows, SIDE) * task.size * 4
 
 
 @njit(**EXACT)
@@ -99,66 +87,6 @@ def _locate(task, unit, b):
 
 
 @njit(**EXACT)
-def _queries(outer, task, request, head, to):
-    """Queries [R, D] of a head, so scaled that their scores are powers of 2; padding is 0."""
-    factor, count, rows = np.float32(task.scale * _LOG2E), task.group * task.size, request.rows
-    for row in range(rows):
-        first = task.q + (request.first_row + row) * task.q_stride + head * count * task.q_width
-        own, x = carray(pointer(first), count, outer), floats(to + row * count * 4, count)
-        for d in range(count):
-            x[d] = widen(own[d]) * factor
-    filled = rows * task.group
-    fill(to + filled * task.size * 4, (_padded(filled, ROWS) - filled) * task.size, np.float32(0))
-
-
-@njit(**EXACT)
-def _find(task, request, head, key, end, to):
-    """Addresses of the next block's keys, and from to [KEYS] on of its values: how many, at most `end` - key.
-
-    The last one is repeated up to a multiple of KEYS_AT_ONCE.
-    """
-    count = max(0, min(KEYS, end - key))
-    row = task.table + request.index * task.table_stride + (request.end - request.keys + key) * 4
-    slots = carray(pointer(row), count, np.int32)
-    places, shift = _integers(to, 2 * KEYS), head * task.size * task.width
-    for j in range(_padded(count, KEYS_AT_ONCE)):
-        slot = np.int64(slots[min(j, count - 1)])
-        if task.mapping != 0:
-            slot = _integers(task.mapping + slot * 8, 1)[0]
-        places[j] = task.keys + shift + slot * task.keys_stride
-        places[j + KEYS] = task.values + shift + slot * task.values_stride
-    return count
-
-
-@njit(**EXACT)
-def _segment(stored, outer, task, request, part, head, first, end, sums, states):
-    """Keys first .. end of a head into sums and states."""
-    rows, size = request.rows * task.group, task.size
-    padded = _padded(rows, ROWS)
-    x = task.rooms + part * task.room
-    weights = x + padded * size * 4
-    places = weights + padded * KEYS * 4
-    _queries(outer, task, request, head, x)
-    fill(sums, padded * size, np.float32(0))
-    for row in range(rows):
-        fill(states + row * 8, 1, NEVER)
-        fill(states + row * 8 + 4, 1, np.float32(0))
-    later, own = places, places + 2 * KEYS * 8
-    count = _find(task, request, head, first, end, later)
-    for key in range(first, end, KEYS):
-        later, own = own, later
-        following = _find(task, request, head, key + KEYS, end, later)
-        ahead = 2 * KEYS if following == KEYS else 0
-        scores(stored, x, padded, size, own, _padded(count, KEYS_AT_ONCE), weights, KEYS, later, ahead)
-        for row in range(rows):
-            seen = request.end - request.rows + row // task.group + 1 - (request.end - request.keys + key)
-            low = 0 if task.earlier_keys < 0 else max(0, seen - 1 - task.earlier_keys)
-            weigh(weights + row * KEYS * 4, KEYS, low, min(count, seen), sums + row * size * 4, size, states + row * 8)
-        mix(stored, weights, KEYS, padded, size, own + KEYS * 8, count, sums)
-        count = following
-
-
-@njit(**EXACT)
 def _finish(outer, task, request, head, sums, states):
     """Results of a head; of rows that see nothing 0."""
     for row in range(request.rows * task.group):
@@ -171,8 +99,9 @@ def _finish(outer, task, request, head, sums, states):
 
 
 @njit(**EXACT)
-def _part(stored, outer, task, part):
+def _part(tiled, stored, outer, task, part):
     """A share of the units. A first head that is not whole stays in the part's record 0, a last one in record 1."""
+    literally(tiled)
     low, high = _start(task, part), _start(task, part + 1)
     unit, b = low, 0
     while unit < high:
@@ -180,7 +109,8 @@ def _part(stored, outer, task, part):
         request = _request(task, b)
         stop = min(blocks, block + high - unit)
         sums, states = _record(task, part, np.int64(unit > low), request.rows * task.group)
-        _segment(stored, outer, task, request, part, head, block * KEYS, min(stop * KEYS, request.keys), sums, states)
+        first, end = block * KEYS, min(stop * KEYS, request.keys)
+        segment(tiled, stored, outer, task, request, part, head, first, end, sums, states)
         if stop - block == blocks:
             _finish(outer, task, request, head, sums, states)
         unit += stop - block
@@ -210,18 +140,20 @@ def _merge_parts(outer, task):
 
 
 @njit(**EXACT)
-def _run_part(stored, outer, task, part, finished):
+def _run_part(tiled, stored, outer, task, part, finished):
     """finished: address of the task's counter; whoever ends the last part merges, and leaves it as it was."""
-    _part(stored, outer, task, part)
+    literally(tiled)
+    _part(tiled, stored, outer, task, part)
     if add_one(finished) == task.parts - 1:
         _merge_parts(outer, task)
-        _integers(finished, 1)[0] = 0
+        integers(finished, 1)[0] = 0
 
 
 @cache
 def compiled(kind: str):
-    """`void attend(Task *)`, for all threads to call, where queries, pools and results are of this kind."""
-    stored, sources = _STORED[kind], digest(*_SOURCES)
+    """`void attend(Task *)`, for all threads to call, where queries, pools and results are of this kind: float32,
+    bfloat16 or BY_AMX, which is bfloat16, too."""
+    stored, sources, tiled = _STORED[kind], digest(*_SOURCES), int(kind == BY_AMX)
 
     @callback(types.void(types.voidptr))
     def attend(address):
@@ -231,7 +163,7 @@ def compiled(kind: str):
             part = add_one(place + _STARTED)
             if part >= task.parts:
                 return
-            _run_part(stored, stored, task, part, place + _FINISHED)
+            _run_part(tiled, stored, stored, task, part, place + _FINISHED)
 
     return attend
 
@@ -239,14 +171,14 @@ def compiled(kind: str):
 @cache
 def compiled_step(kind: str):
     """`compiled` as a step of a graph, again and again with the same task: queries and results are float32."""
-    stored, sources = _STORED[kind], digest(*_SOURCES)
+    stored, sources, tiled = _STORED[kind], digest(*_SOURCES), int(kind == BY_AMX)
 
     @callback(GRAPH_STEP)
     def attend_step(_result, _operand, thread, threads, address):
         task = carray(address, 1, TASK)[0]
         place = carray(address, 1, np.int64).ctypes.data
         for part in range(thread, task.parts if sources else 0, threads):
-            _run_part(stored, np.float32, task, part, place + _FINISHED)
+            _run_part(tiled, stored, np.float32, task, part, place + _FINISHED)
 
     return attend_step
 
@@ -259,7 +191,7 @@ def compiled_store(kind: str):
     @callback(GRAPH_STEP)
     def store_step(_result, _operand, thread, threads, address):
         task = carray(address, 1, TASK)[0]
-        count, slots = task.heads * task.size, _integers(task.new_slots, task.rows)
+        count, slots = task.heads * task.size, integers(task.new_slots, task.rows)
         for row in range(thread, task.rows if sources else 0, threads):
             keys = carray(pointer(task.keys + slots[row] * task.keys_stride), count, stored)
             values = carray(pointer(task.values + slots[row] * task.values_stride), count, stored)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_step35.attention.portable import paged_kernel
-from sglang_step35.attention.portable.paged_call import NAMES
+from sglang_step35.attention.portable import paged_call, paged_kernel
 from sglang_step35.packed.ik_library import FLOAT, Scratch
 from sglang_step35.packed.ik_steps import Steps
 
@@ -32,6 +31,7 @@ class PagedSteps:
 
     def __init__(self, backend, layers: Sequence, rows: int, dtype: torch.dtype):
         self.backend, self.layers, self.rows, self.dtype = backend, layers, rows, dtype
+        self._kind = paged_call.kind(dtype)
         self._tasks = np.zeros(len(layers), paged_kernel.TASK)
         self._words = self._tasks.view(np.int64).reshape(len(layers), -1)  # what is no float among their fields
         self._alike: dict[tuple, list[int]] = defaultdict(list)  # layers that differ in their pools alone
@@ -51,11 +51,11 @@ class PagedSteps:
 
         parts: q, k and v [D, heads, T], which have their places, and what else must be computed before.
         """
-        task, kind = self._tasks[number : number + 1], NAMES[self.dtype]
+        task = self._tasks[number : number + 1]
         task["q"], task["out"] = parts[0].contents.data, address
         stored = self.store(steps, number, *parts[1:3], before=parts)
         width = int(task["heads"][0] * task["group"][0] * task["size"][0])
-        out = steps.callback(paged_kernel.compiled_step(kind), task.ctypes.data, (width, self.rows), stored)
+        out = steps.callback(paged_kernel.compiled_step(self._kind), task.ctypes.data, (width, self.rows), stored)
         out.contents.data = address
         return out
 
@@ -66,7 +66,7 @@ class PagedSteps:
         """
         task = self._tasks[number : number + 1]
         task["new_keys"], task["new_values"] = keys.contents.data, values.contents.data
-        return steps.callback(paged_kernel.compiled_store(NAMES[self.dtype]), task.ctypes.data, (1,), *before)
+        return steps.callback(paged_kernel.compiled_store(self._kind), task.ctypes.data, (1,), *before)
 
     def plan(self, forward_batch) -> bool:
         """Let the graph compute the pass that the backend has planned; False where that takes other calls."""

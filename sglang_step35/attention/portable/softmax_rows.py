@@ -22,7 +22,7 @@ def fill(address, count, value):
 
 
 @njit(**EXACT)
-def _multiply(address, count, factor):
+def multiply(address, count, factor):
     x = floats(address, count)
     for i in range(count):
         x[i] *= factor
@@ -40,7 +40,7 @@ def weigh(scores, keys, low, high, sums, size, state):
     largest = _largest(seen, count)
     if not largest <= state[0]:
         factor = np.exp2(state[0] - largest)
-        _multiply(sums, size, factor)
+        multiply(sums, size, factor)
         state[0] = largest
         state[1] *= factor
     _powers(seen, count, state[0])
