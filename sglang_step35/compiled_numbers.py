@@ -24,6 +24,12 @@ def floats(address, count):
 
 
 @njit(**EXACT)
+def rounded_up(count, step):
+    """The first multiple of a step from there on."""
+    return (count + step - 1) // step * step
+
+
+@njit(**EXACT)
 def power_of_2(x):
     """2 ** x, within 2e-7 of itself, for x up to 126; 2 ** -126 below. Loops of it become vector code.
 

@@ -10,6 +10,7 @@ from numba.core import cgutils
 
 FLOAT, INT64, INT32, INT16, INT8 = ir.FloatType(), *(ir.IntType(bits) for bits in (64, 32, 16, 8))
 BYTE = ir.IntType(8).as_pointer()
+LINE = 64  # bytes that a cache fetches together
 
 
 @cache
@@ -169,6 +170,11 @@ class Code:
         kind = ir.FunctionType(ir.VoidType(), [BYTE, INT32, INT32, INT32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         self.builder.call(function, [self.builder.inttoptr(address, BYTE), INT32(int(writes)), INT32(2), INT32(1)])
+
+    def prefetch_all(self, address, size) -> None:
+        """`size` bytes begin to come nearer."""
+        with cgutils.for_range_slice(self.builder, INT64(0), size, INT64(LINE)) as (offset, _):
+            self.prefetch(self.builder.add(address, offset))
 
     def zeros(self, count: int) -> list:
         """Places of vectors of sums, which become registers."""

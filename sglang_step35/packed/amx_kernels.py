@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, literally, njit
 from numba.extending import overload
 
-from sglang_step35.compiled_numbers import EXACT, floats, gated, pointer
+from sglang_step35.compiled_numbers import EXACT, floats, gated, pointer, rounded_up
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed import step_operands
 from sglang_step35.packed.amx_tiles import (
@@ -22,7 +22,6 @@ from sglang_step35.packed.amx_tiles import (
     SIDE,
     TILE,
     begin_tiles,
-    configuration,
     end_tiles,
     fetch_to_write,
     lay_interleaved,
@@ -44,7 +43,6 @@ _NEAR = 1 << 19  # bytes of activations that stay in a core's own cache while we
 # Fields of `_matrices`.
 PLACE, ROW, SCALES, SCALES_ROW, BLOCK_ROWS, FIRST_ROW, SHARED_COLUMNS, FIRST_COLUMN, SHARED_ROW = range(9)
 FIELDS = 9
-_CONFIGURATION = np.array(configuration(), np.uint8)
 
 
 def lay_activations(kind, places, tiles, to):
@@ -121,12 +119,6 @@ def _multiply(kind, x, x_count, panels, panel_count, tiles, sums):
 
 
 @njit(**EXACT)
-def _line(memory):
-    """The first address in it where a line of the cache begins."""
-    return (memory.ctypes.data + LINE - 1) // LINE * LINE
-
-
-@njit(**EXACT)
 def _matrices(out, number):
     """[2, FIELDS] of matrix `number` of the step's two stacks: where it begins and its rows' stride.
 
@@ -155,14 +147,14 @@ def _matrix(kind, out, number, inputs, results, limit, part, parts):
     apart = 0 if is_gated else (high - low + 1) // 2
     last = high if is_gated else low + apart
     at_once = max(2, _NEAR // (tiles * TILE)) * SIDE
-    most = min(at_once, (len(inputs) + SIDE - 1) // SIDE * SIDE)
+    most = min(at_once, rounded_up(len(inputs), SIDE))
     places, x_memory = np.empty(most, np.int64), np.empty(most // SIDE * tiles * TILE + LINE, np.uint8)
     memory = np.empty((2 * tiles + 8) * TILE + (tiles + 1) * LINE, np.uint8)
-    x, panels = _line(x_memory), _line(memory)
+    x, panels = rounded_up(x_memory.ctypes.data, LINE), rounded_up(memory.ctypes.data, LINE)
     sums, room = panels + 2 * tiles * TILE, panels + (2 * tiles + 8) * TILE
     for start in range(0, len(inputs), at_once):
         count = min(at_once, len(inputs) - start)
-        whole = (count + SIDE - 1) // SIDE * SIDE
+        whole = rounded_up(count, SIDE)
         for p in range(whole):
             places[p] = inputs[start + min(p, count - 1)]
         lay_activations(kind, places[:whole], tiles, x)
@@ -218,7 +210,7 @@ def multiplier(number: int):
         """One thread's part: some rows of every matrix that is wanted. x: [K, slots or 1, T] float32."""
         size = WORDS if sources else 0  # for the key of the cache
         out, limit, starts, places = begin(address, size, part, parts)
-        begin_tiles(_CONFIGURATION.ctypes.data)
+        begin_tiles()
         for e in range(len(starts) - 2):
             low, high = starts[e + 1], starts[e + 2]
             if low < high:

@@ -15,11 +15,12 @@ from numba.extending import intrinsic
 
 from sglang_step35.packed.int8_code import BYTE, LaneCode
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS, Format
-from sglang_step35.vector_code import FLOAT, INT32, INT64, Code
+from sglang_step35.vector_code import FLOAT, INT32, INT64, LINE, Code
 
 SIDE = 16  # rows and sums of a tile
-LINE, TILE = 64, 1024  # bytes
+TILE = 1024  # bytes
 _POINTER = BYTE.as_pointer()
+_CONFIGURATION = [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[SIDE] * 8, *[0] * 8]  # the unit's, 64 bytes
 _ROWS, _PAIRS = (4, 5), (6, 7)  # registers of tiles; the sums of row tile i and pair tile j are in 2 i + j
 _WORDS = ir.VectorType(INT32, SIDE)
 _PRCTL, _REQUEST, _TILES = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of Linux
@@ -33,20 +34,17 @@ def supported() -> bool:
     return ctypes.CDLL(None).syscall(_PRCTL, _REQUEST, _TILES) == 0
 
 
-def configuration() -> list[int]:
-    """What `begin_tiles` loads, 64 bytes: all eight tiles have 16 rows of 64 bytes."""
-    return [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[SIDE] * 8, *[0] * 8]
-
-
 @intrinsic
-def begin_tiles(typing, configuration):
-    """Before `multiply_tiles`: the address of a `configuration()`."""
+def begin_tiles(typing):
+    """Before `multiply_tiles`: all eight tiles have 16 rows of 64 bytes."""
 
     def generate(context, builder, signature, arguments):
-        call(builder, "ldtilecfg", arguments[0])
+        numbers = cgutils.create_constant_array(BYTE, _CONFIGURATION)
+        place = cgutils.global_constant(builder, "tile_configuration", numbers)
+        call(builder, "ldtilecfg", builder.ptrtoint(place, INT64))
         return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+    return types.void(), generate
 
 
 @intrinsic

@@ -16,7 +16,6 @@ from sglang_step35.packed.amx_tiles import (
     SIDE,
     TILE,
     begin_tiles,
-    configuration,
     end_tiles,
     lay_pairs,
     lay_row,
@@ -25,7 +24,6 @@ from sglang_step35.packed.amx_tiles import (
 )
 from sglang_step35.packed.int8_formats import COLUMNS
 
-_CONFIGURATION = np.array(configuration(), np.uint8)
 STATE = 4 * LINE  # of a tile: largest scores and sums of weights (float32), the first key seen and the end (int32)
 
 
@@ -39,15 +37,9 @@ def room_bytes(rows: int, size: int, keys: int) -> int:
 
 
 @njit(**EXACT)
-def line(address):
-    """The first address from there on where a line of the cache begins."""
-    return (address + LINE - 1) // LINE * LINE
-
-
-@njit(**EXACT)
 def begin(queries, rows, size, to):
     """Queries [R, D] float32 become tiles of pairs: to [R / SIDE, D / COLUMNS, TILE]."""
-    begin_tiles(_CONFIGURATION.ctypes.data)
+    begin_tiles()
     places = np.empty(SIDE, np.int64)
     for column in range(0, rows, SIDE):
         for r in range(SIDE):

@@ -26,9 +26,7 @@ def fetch(typing, places, count, size):
         places, count, size = arguments
         code = Code(builder)
         with cgutils.for_range(builder, count) as loop:
-            place = code.integer(code.shift(places, loop.index, 8))
-            with cgutils.for_range_slice(builder, INT64(0), size, INT64(LINE)) as (offset, _):
-                code.prefetch(builder.add(place, offset))
+            code.prefetch_all(code.integer(code.shift(places, loop.index, 8)), size)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate

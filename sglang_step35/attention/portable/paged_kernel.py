@@ -15,10 +15,10 @@ from functools import cache
 import numpy as np
 from numba import carray, literally, njit, types
 
-from sglang_step35.attention.portable.segment import KEYS, integers, segment, whole
+from sglang_step35.attention.portable.segment import KEYS, integers, segment
 from sglang_step35.attention.portable.softmax_rows import NEVER, merge
 from sglang_step35.attention.portable.tiles import add_one
-from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer
+from sglang_step35.compiled_numbers import EXACT, floats, narrow, pointer, rounded_up
 from sglang_step35.numba_cache import GRAPH_STEP, SHARED, callback, digest
 from sglang_step35.packed.amx_tiles import SIDE
 
@@ -66,7 +66,7 @@ def _request(task, b):
 def _record(task, part, which, rows):
     """Addresses of sums and states of a part's first head, or of another one."""
     sums = task.records + (2 * part + which) * task.record * 4
-    return sums, sums + whole(rows, SIDE) * task.size * 4
+    return sums, sums + rounded_up(rows, SIDE) * task.size * 4
 
 
 @njit(**EXACT)

@@ -12,8 +12,8 @@ from sglang_step35.attention.portable import amx_block
 from sglang_step35.attention.portable.amx_code import fetch
 from sglang_step35.attention.portable.softmax_rows import NEVER, fill, weigh
 from sglang_step35.attention.portable.tiles import KEYS_AT_ONCE, ROWS, mix, scores
-from sglang_step35.compiled_numbers import EXACT, floats, pointer, widen
-from sglang_step35.packed.amx_tiles import SIDE
+from sglang_step35.compiled_numbers import EXACT, floats, pointer, rounded_up, widen
+from sglang_step35.packed.amx_tiles import LINE, SIDE
 from sglang_step35.packed.int8_formats import COLUMNS
 
 KEYS = 64  # of a block: they and their values stay in the nearest cache, and loops are long enough to pay
@@ -33,11 +33,6 @@ def integers(address, count):
 
 
 @njit(**EXACT)
-def whole(count, step):
-    return (count + step - 1) // step * step
-
-
-@njit(**EXACT)
 def _queries(outer, task, request, head, factor, to):
     """Queries [R, D] of a head times a factor; padding is 0."""
     count, rows = task.group * task.size, request.rows
@@ -47,7 +42,7 @@ def _queries(outer, task, request, head, factor, to):
         for d in range(count):
             x[d] = widen(own[d]) * factor
     filled = rows * task.group
-    fill(to + filled * task.size * 4, (whole(filled, SIDE) - filled) * task.size, np.float32(0))
+    fill(to + filled * task.size * 4, (rounded_up(filled, SIDE) - filled) * task.size, np.float32(0))
 
 
 @njit(**EXACT)
@@ -60,7 +55,7 @@ def _find(task, request, head, key, end, to):
     row = task.table + request.index * task.table_stride + (request.end - request.keys + key) * 4
     slots = carray(pointer(row), count, np.int32)
     places, shift = integers(to, 2 * KEYS), head * task.size * task.width
-    for j in range(whole(count, KEYS)):
+    for j in range(rounded_up(count, KEYS)):
         slot = np.int64(slots[min(j, count - 1)])
         if task.mapping != 0:
             slot = integers(task.mapping + slot * 8, 1)[0]
@@ -72,10 +67,10 @@ def _find(task, request, head, key, end, to):
 @njit(**EXACT)
 def _by_rows(stored, outer, task, request, part, head, first, end, sums, states):
     rows, size = request.rows * task.group, task.size
-    padded = whole(rows, ROWS)
+    padded = rounded_up(rows, ROWS)
     places = task.rooms + part * task.room
     x = places + _PLACES
-    weights = x + whole(rows, SIDE) * size * 4
+    weights = x + rounded_up(rows, SIDE) * size * 4
     _queries(outer, task, request, head, np.float32(task.scale * _LOG2E), x)
     fill(sums, padded * size, np.float32(0))
     for row in range(rows):
@@ -87,7 +82,7 @@ def _by_rows(stored, outer, task, request, part, head, first, end, sums, states)
         later, own = own, later
         following = _find(task, request, head, key + KEYS, end, later)
         ahead = 2 * KEYS if following == KEYS else 0
-        scores(stored, x, padded, size, own, whole(count, KEYS_AT_ONCE), weights, KEYS, later, ahead)
+        scores(stored, x, padded, size, own, rounded_up(count, KEYS_AT_ONCE), weights, KEYS, later, ahead)
         for row in range(rows):
             seen = request.end - request.rows + row // task.group + 1 - (request.end - request.keys + key)
             low = 0 if task.earlier_keys < 0 else max(0, seen - 1 - task.earlier_keys)
@@ -100,10 +95,10 @@ def _by_rows(stored, outer, task, request, part, head, first, end, sums, states)
 def _by_tiles(outer, task, request, part, head, first, end, sums, states):
     """`_by_rows` by AMX."""
     rows, size = request.rows * task.group, task.size
-    padded = whole(rows, SIDE)
+    padded = rounded_up(rows, SIDE)
     places, scale = task.rooms + part * task.room, np.float32(task.scale * _LOG2E)
     x = places + _PLACES
-    own_states = amx_block.line(x + padded * size * 4)
+    own_states = rounded_up(x + padded * size * 4, LINE)
     room = own_states + padded // SIDE * amx_block.STATE
     _queries(outer, task, request, head, np.float32(1), x)
     amx_block.begin(x, padded, size, room)
@@ -114,7 +109,7 @@ def _by_tiles(outer, task, request, part, head, first, end, sums, states):
     for key in range(first, end, KEYS):
         later, own = own, later
         following = _find(task, request, head, key + KEYS, end, later)
-        fetch(later, 2 * whole(following, KEYS), size * 2)
+        fetch(later, 2 * rounded_up(following, KEYS), size * 2)
         amx_block.add_block(room, own_states, padded, size, own, KEYS, key, scale, sums)
     amx_block.end(own_states, rows, scale, states)
 

@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 from sglang_step35.vector_code import FLOAT, INT64, Code, lanes, vector
 
 ROWS, KEYS_AT_ONCE = 4, 4
-LINE = 64  # bytes that a cache fetches together
 _WIDTH = {types.float32: 4, types.uint16: 2}
 
 
@@ -31,11 +30,6 @@ class _Code(Code):
     def load_stored(self, address):
         """A vector of a pool's numbers, widened."""
         return self.load(address) if self.stored == types.float32 else self.widen(self.load_halves(address, lanes()))
-
-    def prefetch_all(self, address, size) -> None:
-        """`size` bytes begin to come nearer."""
-        with cgutils.for_range_slice(self.builder, INT64(0), size, INT64(LINE)) as (offset, _):
-            self.prefetch(self.builder.add(address, offset))
 
 
 @intrinsic
