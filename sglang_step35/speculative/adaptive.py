@@ -27,7 +27,9 @@ class AdaptiveSettings:
     decoding at once. The first trial of all goes on for first_drafts drafts of the first layer. Measuring is given up
     after `patience` rounds without a time, because the batch keeps changing. gain is the advantage needed to change
     depth, so that noise does not. What the first pass with drafts has to catch up with is to be earned within `horizon`
-    rounds.
+    rounds. Drafts are given up once they have lost the tokens of `reluctance` plain rounds: the first few are slow and
+    say little of how far drafts come true, and to begin again is dear. Where the text is known, and a new batch size's
+    rounds alone are not, at once if they would lose more than `doubt` of plain ones.
     """
 
     max_depth: int
@@ -43,6 +45,8 @@ class AdaptiveSettings:
     patience: int = 12
     gain: float = 0.02
     horizon: int = 128
+    reluctance: float = 2.0
+    doubt: float = 0.25
 
 
 def expected_tokens(acceptance: list[float], depth: int) -> float:
@@ -105,6 +109,7 @@ class DepthController:
     _waited: dict[int, int] = field(init=False)
     _tried: set[int] = field(init=False, default_factory=set)
     _wide: bool = field(init=False, default=False)
+    _lost: float = field(init=False, default=0.0)  # by drafts, in plain rounds
 
     def __post_init__(self):
         self.depth = self.settings.max_depth
@@ -121,6 +126,7 @@ class DepthController:
         if former._drafts[0] >= self.settings.first_drafts:
             self.acceptance, self._trial = list(former.acceptance), None
             self._drafts = [1 / self.settings.smoothing] * self.settings.max_depth
+            self._lost = self.settings.reluctance - self.settings.doubt
         self.prior = self.prior.corrected(former.times.corrections())
         self.times = RoundTimes(self.prior.by_depth, former.times.pace, enough=self.settings.enough)
         self._tried = former._tried - {0}
@@ -150,13 +156,27 @@ class DepthController:
                 return self.planned
         self._trial, self._unmeasured = None, 0
         costs = self._costs(with_debts=True)
-        self.depth = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
+        self.depth = self._choose(costs)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
         rates = self._rates(costs)
         overdue = {kind: rounds / self._wait(kind, rates) for kind, rounds in self._waited.items()}
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
+
+    def _choose(self, costs: list[float]) -> int:
+        """The best depth known, but drafts go on while they have lost little."""
+        best = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
+        if self.depth == 0:
+            return best
+        plain, *drafting = self._rates(costs)
+        self._lost = max(0.0, self._lost + plain / max(drafting) - 1)
+        if best > 0:
+            return best
+        if self._lost < self.settings.reluctance:
+            return best_depth(self.acceptance, [inf, *costs[1:]], self.depth, self.settings.gain)
+        self._lost = 0.0
+        return 0
 
     @property
     def planned(self) -> int:

@@ -100,12 +100,13 @@ class DepthPlanner:
         return _by_position(offered, accepted, self.settings.num_draft_tokens - 1)
 
     @contextmanager
-    def entering(self, prompts: int) -> Iterator[None]:
-        """Time a pass of the MTP layers over these prompts' ends, which goes without while nothing is drafted."""
+    def entering(self, prompts: int, rows: int) -> Iterator[None]:
+        """Time a pass of the MTP layers over the ends of these prompts, rows in all, which goes without while nothing
+        is drafted."""
         began = self._clock()
         yield
         if self.settings.adaptive and self.settings.by_slot:
-            self._entry.add_pass(prompts, self._ranks.same_number(self._clock() - began))
+            self._entry.add_pass(prompts, rows, self._ranks.same_number(self._clock() - began))
 
     def begin_prompts(self, count: int) -> None:
         """So many prompts were prefilled, or 0 where chunks inside some were: the round before is not timed."""

@@ -165,7 +165,7 @@ class Step35SpecWorker(BaseSpecWorker):
         with self.upkeep.prefill(batch, chunks, tokens, result.logits_output.hidden_states, drafts) as found:
             if found is not None:
                 sampler.silent = found.silent
-                with self.depths.entering(sum(chunks.final)):
+                with self.depths.entering(sum(chunks.final), len(found.hidden)):
                     self._extend(batch, chunks, tokens, found, sampler)
         self.depths.begin_prompts(sum(chunks.final))
         self.store.note_drafts(chunks.pool_idx, sampler)
