@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sglang_step35.attention.portable.paged_steps import PagedSteps
 from sglang_step35.model import single_rank
+from sglang_step35.model.draft_heads import ScreenedTable
 from sglang_step35.model.graphed_layers import GraphedLayers
 from sglang_step35.model.layer_steps import ROWS, Layer, Memory, Norm, Place, begin, matrices
 from sglang_step35.model.product import is_packed
@@ -44,13 +45,14 @@ class Surroundings:
 
 
 class PassMemory(Memory):
-    """`stream` is the hidden states of the pass besides. last: the rows that predict a draft."""
+    """`stream` is the hidden states of the pass besides. last: the rows that predict a draft; normed: what their logits
+    are products of."""
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__(layers)
         self.hidden_size = layers[0].output.shape[0]
         self.embeds, self.pairs = Place(self.hidden_size), Place(2 * self.hidden_size)
-        self.last = torch.zeros(ROWS, dtype=torch.int32)
+        self.last, self.normed = torch.zeros(ROWS, dtype=torch.int32), Place(self.hidden_size)
 
 
 class GraphedMTP(GraphedLayers):
@@ -130,13 +132,15 @@ class GraphedMTP(GraphedLayers):
 
     def logits(self, depth: int, count: int) -> Tensor:
         """[B, V] float32 of the first `count` rows in `PassMemory.last`."""
-        library, threads, table = ik_library.library(), torch.get_num_threads(), self._head(depth)
+        library, threads, table = ik_library.library(), torch.get_num_threads(), self._head(depth, count)
         key = ("mtp head", self._serial, depth, _address(table), count, threads)
         build = lambda: self._build_head(Steps(library), depth, *matrices(table), count, threads)
         graph, out, head = library.graph(key, build)
         found = torch.empty(count, head.shape[0])
         out.data = found.data_ptr()
         graph.run()
+        if isinstance(table.quant_method, ScreenedTable):
+            table.quant_method.refine(found, self._memory.normed.rows((count, self._memory.hidden_size)))
         return found[:, : table.org_vocab_size]
 
     def _build_head(self, steps: Steps, depth: int, head: GGMLTensor, count: int, threads: int) -> tuple:
@@ -145,7 +149,9 @@ class GraphedMTP(GraphedLayers):
         rows = steps.library.tensor(I32, count)
         rows.contents.data = memory.last.data_ptr()
         states = steps.get_rows(memory.stream.of(steps, memory.hidden_size, ROWS), rows)
-        logits = steps.product(self._around[depth].output.of_rows(steps, states), head)
+        normed = self._around[depth].output.of_rows(steps, states)
+        normed.contents.data = memory.normed.address
+        logits = steps.product(normed, head)
         logits.contents.data = memory.stream.address  # until there is memory for them
         return steps.build([logits], memory.between, threads), logits.contents, head
 

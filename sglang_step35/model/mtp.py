@@ -185,7 +185,7 @@ class Step3p5MTP(nn.Module):
         forward_batch: needed under data-parallel attention, where ranks have different R; its
         `global_num_tokens_for_logprob_cpu` and `_gpu` must hold every rank's R.
         """
-        layer, head = self.layers[depth], self.tables.draft_head(depth)
+        layer, head = self.layers[depth], self.tables.draft_head(depth, len(hidden))
         normed = layer.shared_head_norm(hidden) if len(hidden) > 0 else hidden
         if layer.runs_single_rank:
             return single_rank.logits(normed, head)

@@ -56,13 +56,13 @@ class SharedTables(nn.Module):
     def head(self, depth: int) -> VocabParallelEmbedding:
         return self._table(depth, "head")
 
-    def draft_head(self, depth: int) -> VocabParallelEmbedding:
-        """What a layer's drafts are chosen by: `head`, or its copy behind `round_heads`."""
+    def draft_head(self, depth: int, rows: int = 1) -> VocabParallelEmbedding:
+        """What a layer's drafts of so many requests are chosen by: `head`, or its copy behind `round_heads`."""
         head = self.head(depth)
-        return head if self._rounded is None else self._rounded.of(head)
+        return head if self._rounded is None else self._rounded.of(head, rows)
 
     def round_heads(self) -> int:
-        """Draft by copies of the heads in 8 bits, where there can be any; behind `resolve`. Returns how many."""
+        """Draft by copies of the heads in fewer bits, where there can be any; behind `resolve`. Returns how many."""
         self._rounded = DraftHeads(self._make_packed)
         heads = [(self.head(depth), self.draft_head(depth)) for depth in range(self._num_layers)]
         return len({id(copy) for head, copy in heads if copy is not head})

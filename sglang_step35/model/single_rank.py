@@ -64,7 +64,8 @@ def embed(ids: Tensor, table: VocabParallelEmbedding) -> Tensor:
 
 def logits(hidden: Tensor, table: VocabParallelEmbedding) -> Tensor:
     """hidden [R, H], normed -> [R, V] float32."""
-    return of_layer(table, hidden)[:, : table.org_vocab_size].float()
+    found = table.quant_method.apply(table, hidden) if is_packed(table) else of_layer(table, hidden)
+    return found[:, : table.org_vocab_size].float()
 
 
 def _norm(module: RMSNorm, x: Tensor) -> Tensor:

@@ -50,6 +50,18 @@ def gather(ids: Tensor, table: GGMLTensor) -> Tensor:
     return out
 
 
+def of_groups(x: Tensor, part: GGMLTensor, groups: Tensor, size: int) -> Tensor:
+    """x [T, columns] times the rows of some groups of a part [rows, columns], `size` side by side from a multiple of it
+    on. groups: [T, G], their numbers, for each row of x its own, none twice. [T, G, size] float32."""
+    library, threads = ik_library.library(), torch.get_num_threads()
+    stack = GGMLTensor(part.type, part.data.unflatten(0, (-1, size)))
+    out = torch.empty(*groups.shape, size, dtype=torch.float32)
+    key = ("groups", *groups.shape, stack.shape, kind_of(part), threads)
+    run = library.graph(key, lambda: _Groups(library, *groups.shape, stack.shape, kind_of(part), threads))
+    run.run(x.float().contiguous(), stack, groups.int().contiguous(), out)
+    return out
+
+
 def experts(
     x: Tensor,
     gate: Readable,
@@ -109,6 +121,23 @@ class _Gather:
     def run(self, ids: Tensor, table: GGMLTensor, out: Tensor) -> None:
         place(self.table, table)
         self.ids.data, self.out.data = ids.data_ptr(), out.data_ptr()
+        self.graph.run()
+
+
+class _Groups:
+    """x times some matrices of a stack."""
+
+    def __init__(self, library: Library, tokens: int, count: int, shape: tuple[int, ...], kind: int, threads: int):
+        number, rows, columns = shape
+        weight = operand(library, kind, columns, rows, number)
+        x, ids = library.tensor(F32, columns, 1, tokens), library.tensor(I32, count, tokens)
+        out = ik_rows.expert_product(library, weight, x, ids)
+        self.graph = Graph(library, (out,), threads)
+        self.weight, self.x, self.ids, self.out = weight.contents, x.contents, ids.contents, out.contents
+
+    def run(self, x: Tensor, stack: GGMLTensor, ids: Tensor, out: Tensor) -> None:
+        place(self.weight, stack)
+        self.x.data, self.ids.data, self.out.data = x.data_ptr(), ids.data_ptr(), out.data_ptr()
         self.graph.run()
 
 

@@ -1,4 +1,5 @@
-"""What stands where in the blocks that the library interleaves: read as unsigned weights, scales and minima.
+"""What stands where in interleaved blocks, the library's and `two_bits.py`'s: read as unsigned weights, scales and
+minima.
 
 Learned from where `iqk_repack_tensor` puts each bit. A format's `unpack` takes the addresses of its interleaved rows'
 blocks and which 32 columns of the block (int64), and gives (parts, minimum). A part is (scale, columns): float32 of
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from sglang_step35.packed.int8_code import BYTE, LaneCode
+from sglang_step35.packed.two_bits import TWO_BITS
 from sglang_step35.vector_code import FLOAT, INT32, INT64
 
 COLUMNS = 32
@@ -28,6 +30,15 @@ def _q8_0(code: LaneCode, blocks: list, _group):
     """8 float16 scales, then 8 times 4 int8 of every row."""
     signed = [(4 * i, code.gather(BYTE, 4, blocks, 16 + 32 * i)) for i in range(8)]
     columns = [(i, code.builder.xor(v, ir.Constant(v.type, [128] * v.type.count))) for i, v in signed]
+    return [(code.halves(blocks, 0), columns)], None
+
+
+def _two_bits(code: LaneCode, blocks: list, _group):
+    """See `two_bits.py`: each code twice, less 3, times half of the step."""
+    columns = []
+    for half in range(2):
+        codes = code.gather(BYTE, 4, blocks, 16 + 32 * half)
+        columns += [(16 * half + 4 * i, code.mask(code.shift_bytes(codes, 2 * i - 1), 6)) for i in range(4)]
     return [(code.halves(blocks, 0), columns)], None
 
 
@@ -121,4 +132,5 @@ FORMATS = {  # by the library's number of the type
     212: Format(4, 4 * 144, 8, 0, 1, _q4_k),
     213: Format(4, 4 * 176, 8, 0, 1, _q5_k),
     214: Format(4, 4 * 210, 8, 32, 2, _q6_k),
+    TWO_BITS: Format(8, 8 * 10, 1, 3, 1, _two_bits),
 }

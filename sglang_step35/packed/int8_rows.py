@@ -11,10 +11,11 @@ from ctypes import addressof
 from functools import cache
 
 from sglang_step35.packed.ik_library import I8, Library
+from sglang_step35.packed.two_bits import TWO_BITS
 
 # The library's Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4, and from how many rows of activations on they are faster
-# here: unpacking K-quants costs more.
-FEWEST = {202: 1, 208: 1, 212: 2, 213: 2, 214: 2}
+# here: unpacking K-quants costs more. Two bits are ours alone.
+FEWEST = {202: 1, 208: 1, 212: 2, 213: 2, 214: 2, TWO_BITS: 1}
 AT_ONCE = 8  # rows of weights
 
 

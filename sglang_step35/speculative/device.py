@@ -94,7 +94,7 @@ def keeps_states_by_slot(device: torch.device | str, target_worker, hierarchical
 
 
 def rounds_heads(runner, spec) -> bool:
-    """Whether drafts are chosen by copies of the heads in 8 bits.
+    """Whether drafts are chosen by copies of the heads in fewer bits.
 
     On CPUs, whose rounds take as long as reading their weights. Float32 keeps every draft exact, and so does
     `--speculative-draft-model-quantization unquant`, which SGLang resolves to None.

@@ -109,7 +109,7 @@ class MTPDraftWorker(EagleDraftWorkerBase):
         # Before the KV pools are sized: heads that differ from the backbone's take memory here.
         self.model.share_with(target_worker.model_runner.model)
         if rounds_heads(self.draft_runner, get_spec()):
-            logger.info("%d heads in 8 bits for drafts", self.model.tables.round_heads())
+            logger.info("%d heads in fewer bits for drafts", self.model.tables.round_heads())
 
     def alloc_memory_pool(self, **pools) -> None:
         """Allocate the S-layer draft KV pool over the target's slots."""
