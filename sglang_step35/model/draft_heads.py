@@ -16,7 +16,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from sglang_step35.hicache.identity import weight_updates
-from sglang_step35.model.product import LARGE, as_ggml, is_packed
+from sglang_step35.model.product import LARGE, is_packed
 from sglang_step35.packed import ik_kernel, kernel
 from sglang_step35.packed.ggml import plain
 from sglang_step35.packed.methods import PackedTable
@@ -106,14 +106,12 @@ class DraftHeads:
 
 def _matrix(head: VocabParallelEmbedding) -> PackedTensor:
     """This rank's rows as they were loaded."""
-    return head.qweight.as_given()[0] if is_packed(head) else plain(_weight(head))
+    if is_packed(head):
+        return head.qweight.as_given()[0]
+    tokens = head.shard_indices
+    return plain(head.weight.data[: tokens.org_vocab_end_index - tokens.org_vocab_start_index])
 
 
 def _kept(head: VocabParallelEmbedding) -> PackedTensor:
     """This rank's rows as the kernels read them."""
-    return head.qweight.rows()[0] if is_packed(head) else as_ggml(_weight(head))
-
-
-def _weight(head: VocabParallelEmbedding) -> Tensor:
-    tokens = head.shard_indices
-    return head.weight.data[: tokens.org_vocab_end_index - tokens.org_vocab_start_index]
+    return head.qweight.rows()[0] if is_packed(head) else _matrix(head)

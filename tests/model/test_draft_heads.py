@@ -101,6 +101,17 @@ def test_the_largest_logits_behind_a_screen_are_the_head_s_own(directory, by_gra
 
 
 @screens
+def test_a_head_in_float16_behind_a_screen(directory):
+    server = of_directory(directory, load_reference(directory), torch.float16, False)
+    spans = [(0, prompts(12)[0], 0, 8)]
+    exact = server.run(spans)
+    server.model.tables.round_heads()
+    for found, logits in zip(server.run(spans), exact, strict=True):
+        assert torch.isclose(found, logits, atol=0.03, rtol=0.01).sum() >= 8 * draft_heads.GROUPS
+        assert torch.equal(found.argmax(-1), logits.argmax(-1)) and not torch.equal(found, logits)
+
+
+@screens
 def test_more_requests_read_8_bits(directory):
     tables = bfloat16(directory).model.tables
     tables.round_heads()

@@ -8,6 +8,7 @@ from sglang_step35.packed import amx_rows, ik_check, ik_kernel, int8_rows, prepa
 from sglang_step35.packed.ggml import plain
 from tests.packed.test_ik_kernel import ROUNDED, error
 from tests.packed.test_int8_rows import EXACT, rounded
+from tests.packed.test_unpack import packed
 
 runs = pytest.mark.skipif(
     not (ik_check.usable() and int8_rows.supported()), reason="without the library or the CPU's instructions"
@@ -67,12 +68,11 @@ def test_products(roomy, rows, monkeypatch):
 
 @runs
 @pytest.mark.parametrize("rows", [1, 5, 33])
-@pytest.mark.parametrize("kind", ["BF16", *prepare.INTERLEAVED])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", *prepare.INTERLEAVED])
 def test_groups_of_rows(roomy, kind, rows):
     """The same numbers as whole products give, in any order."""
-    from tests.packed.test_unpack import packed
-
-    part = plain(torch.randn(64, 512).bfloat16()) if kind == "BF16" else prepare.prepared(packed(kind, 64, 512)[0])
+    ordinary = getattr(torch, kind, None)
+    part = plain(torch.randn(64, 512, dtype=ordinary)) if ordinary else prepare.prepared(packed(kind, 64, 512)[0])
     x, groups = torch.randn(rows, 512).bfloat16().float(), torch.rand(rows, 8).argsort(-1)[:, :5]
     found = ik_kernel.of_groups(x, part, groups, 8)
     whole = ik_kernel.linear(x, [part]).view(rows, 8, 8)
