@@ -11,13 +11,12 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from sglang_step35.hicache.identity import weight_updates
 from sglang_step35.model.product import LARGE, is_packed
-from sglang_step35.packed import ik_kernel, kernel
+from sglang_step35.packed import ik_kernel
 from sglang_step35.packed.ggml import plain
 from sglang_step35.packed.methods import PackedTable
 from sglang_step35.packed.prepare import can_round, can_screen, rounded, screened
@@ -45,11 +44,11 @@ class ScreenedTable(PackedTable):
         self._head = ref(head)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.dtype is torch.float32:
-            return super().apply(layer, x, bias)
-        logits = kernel.linear(x, layer.qweight.rows())
-        self.refine(logits, x)
-        return F.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
+        logits = super().apply(layer, x, bias)
+        if x.dtype is not torch.float32:  # by which the head itself is multiplied
+            (screen,) = layer.qweight.rows()
+            self.refine(logits[:, : screen.shape[0]], x)
+        return logits
 
     def refine(self, logits: Tensor, x: Tensor) -> None:
         """Put the head's own logits of x [T, H] where this copy's [T, rows] are largest."""

@@ -57,7 +57,7 @@ def of_groups(x: Tensor, part: GGMLTensor, groups: Tensor, size: int) -> Tensor:
     stack = GGMLTensor(part.type, part.data.unflatten(0, (-1, size)))
     out = torch.empty(*groups.shape, size, dtype=torch.float32)
     key = ("groups", *groups.shape, stack.shape, kind_of(part), threads)
-    run = library.graph(key, lambda: _Groups(library, *groups.shape, stack.shape, kind_of(part), threads))
+    run = library.graph(key, lambda: _Groups(library, *key[1:]))
     run.run(x.float().contiguous(), stack, groups.int().contiguous(), out)
     return out
 

@@ -96,14 +96,7 @@ def can_screen(tensor: PackedTensor, spared: int) -> bool:
 
 def screened(tensor: GGMLTensor) -> GGMLTensor:
     """A copy in 2 bits; products are off by a third of what they vary by."""
-    rows, columns = tensor.shape
-    data = torch.empty(rows, columns // SCREEN.block * SCREEN.size, dtype=torch.uint8)
-    huge_pages.use(data)
-    step = max(1, BLOCK_WEIGHTS // columns // two_bits.ROWS) * two_bits.ROWS
-    for start in range(0, rows, step):
-        cut = tensor.rows(start, min(start + step, rows))
-        data[start : start + step] = two_bits.encode(cut.dequantize())
-    return GGMLTensor(SCREEN, data)
+    return _write(tensor, SCREEN)
 
 
 def _interleaves(tensor: PackedTensor, kind: GGMLType) -> bool:
@@ -176,18 +169,20 @@ def _write(tensor: PackedTensor, kind: GGMLType) -> GGMLTensor:
 
 def _rows_as(kind: GGMLType, matrix: PackedTensor) -> Tensor:
     """Bytes of its rows: those it has, its codes as blocks, or ordinary weights rounded."""
+    if kind is SCREEN:
+        return two_bits.encode(matrix.dequantize())
     if not isinstance(matrix, GGMLTensor):
         return _WRITERS[kind.name](matrix)
     return matrix.data if matrix.type is kind else ik_library.library().quantize(kind.number, matrix.dequantize())
 
 
 def _pieces(data: Tensor, tensor: PackedTensor) -> Iterator[tuple[Tensor, PackedTensor]]:
-    """The same matrices in blocks of rows, and where their bytes belong."""
+    """The same matrices in blocks of rows, whole eights of them, and where their bytes belong."""
     if data.dim() == 3:
         for e in range(len(data)):
             yield from _pieces(data[e], tensor[e])
         return
-    step = max(1, BLOCK_WEIGHTS // tensor.shape[-1])
+    step = max(1, BLOCK_WEIGHTS // tensor.shape[-1] // two_bits.ROWS) * two_bits.ROWS
     for start in range(0, len(data), step):
         yield data[start : start + step], tensor.rows(start, min(start + step, len(data)))
 

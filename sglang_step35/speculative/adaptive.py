@@ -156,20 +156,20 @@ class DepthController:
                 return self.planned
         self._trial, self._unmeasured = None, 0
         costs = self._costs(with_debts=True)
-        self.depth = self._choose(costs)
+        rates = self._rates(costs)
+        self.depth = self._choose(costs, rates)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
-        rates = self._rates(costs)
         overdue = {kind: rounds / self._wait(kind, rates) for kind, rounds in self._waited.items()}
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
 
-    def _choose(self, costs: list[float]) -> int:
+    def _choose(self, costs: list[float], rates: list[float]) -> int:
         """The best depth known, but drafts go on while they have lost little."""
         best = best_depth(self.acceptance, costs, self.depth, self.settings.gain)
         if self.depth == 0:
             return best
-        plain, *drafting = self._rates(costs)
+        plain, *drafting = rates
         self._lost = max(0.0, self._lost + plain / max(drafting) - 1)
         if best > 0:
             return best

@@ -56,7 +56,7 @@ def test_a_step_that_suits_normal_weights():
 
 @runs
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 70])
-def test_products(roomy, rows, monkeypatch):
+def test_products(roomy, rows):
     """As the kernels round activations: to 8 bits, or to bfloat16 by AMX."""
     screen = prepare.screened(plain(torch.randn(40, 512).bfloat16()))
     x, weights = torch.randn(rows, 512), meaning(screen.data, 512)

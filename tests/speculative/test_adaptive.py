@@ -428,24 +428,25 @@ def test_a_hasty_judgement_does_not_end_drafting():
 
 
 def test_a_prompts_pass_is_spread_over_the_tokens_that_requests_have():
-    """Of a long and a short prompt in turn, 2 ms a row. Running requests have yet to show their tokens."""
+    """Of 90 and 10 rows, 2 ms each; one request of 256 tokens is supposed. Running ones have yet to show theirs."""
     cost = EntryCost()
     assert cost.per_token(1) == 0
-    for _ in range(200):
+    for _ in range(5):
         cost.add_prompts(2)
         cost.add_pass(0, 60, 0.12)  # a chunk inside
         cost.add_pass(1, 30, 0.06)
         cost.add_pass(1, 10, 0.02)
         cost.add_tokens(100)
-    assert cost.per_token(0) == pytest.approx(0.1 / 50, rel=0.3)
-    assert cost.per_token(16) < cost.per_token(0)
-    before = cost.per_token(0)
-    cost.add_pass(1, 50, 60.0)  # whatever else the machine did
-    assert cost.per_token(0) == pytest.approx(before, rel=0.01)
-    for _ in range(200):
+    assert cost.per_token(0) == pytest.approx(0.1 * (10 + 1) / (500 + 256))
+    assert cost.per_token(4) == pytest.approx(0.1 * (6 + 1) / (500 + 256))
+    cost.add_pass(0, 50, 60.0)  # whatever else the machine did
+    assert cost.per_token(0) == pytest.approx(0.1 * 11 * 550 / 500 / 756), "its rows count, not its time"
+    cost.add_prompts(5)  # without the layers
+    assert cost.per_token(0) == pytest.approx(0.1 * 16 * 550 / 500 / 756)
+    for _ in range(100):
         cost.add_prompts(1)
-        cost.add_tokens(10)
-    assert cost.per_token(0) == pytest.approx(0.1 / 10, rel=0.4), "the last requests count"
+        cost.add_tokens(100)
+    assert cost.per_token(0) == pytest.approx(0.11 / 100, rel=0.2), "the last requests count"
 
 
 def test_the_first_prompts_do_not_say_how_many_tokens_requests_have():
