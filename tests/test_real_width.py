@@ -189,16 +189,22 @@ def test_ratios_are_of_one_turn():
     for mode in ("mtp", "adaptive"):
         found[f"ours/bf16/{mode}/c4/p512"] = {"turns": {"prefill": [], "decode": [0.5]}}
     assert report.ratios(found)["ours/bf16/c4/p512"] == {"MTP over off": 0.5, "adaptive over the better": 0.5}
+    wholes = {"off": [4.0, 2.0], "mtp": [3.0, 2.0], "adaptive": [4.4, 2.2]}
+    for mode, whole in wholes.items():
+        found[f"ours/bf16/{mode}/c1/p512"]["turns"]["whole"] = whole
+    compared = report.ratios(found)["ours/bf16/c1/p512"]
+    assert compared["whole answers: MTP over off"] == 0.875
+    assert compared["whole answers: adaptive over the better"] == 1.1
     found["llama.cpp/bf16/off/c1/p512"] = {"turns": {"prefill": [1.0], "decode": [10.0, 4.0, 5.0]}}
     assert report.ratios(found)["ours/bf16/c1/p512"]["over llama.cpp"] == 1.2
     assert report.ratios(found)["ours/bf16/c1/p512"]["prefill over llama.cpp"] == 2.0
 
 
 def test_table_and_projection():
-    cell = {"prefill": 51.2, "decode": 15.2, "accept": None, "mb_per_token": 500.0}
+    cell = {"prefill": 51.2, "decode": 15.2, "whole": 8.1, "accept": None, "mb_per_token": 500.0}
     step = {"ms": [10.0, 20.0, 30.0], "mb": [100.0, 200.0, 300.0]}
     lines = list(report.table({"bandwidth": 20.0, "ours/bf16/off/c1/p512": cell, "layers/Q4_K": {"1": step}}))
-    assert lines[2].split() == ["ours/bf16/off/c1/p512", "51.2", "15.2", "-", "500", "0.38"]
+    assert lines[2].split() == ["ours/bf16/off/c1/p512", "51.2", "15.2", "8.1", "-", "500", "0.38"]
     assert "Q4_K expert layer, 1 rows: 20.00 ms, 200.0 MB, 0.50 of the bandwidth" in lines
     ms, rate = report.project(step, 20.0, 120.0)
     assert ms == pytest.approx((3 * 10 + 42 * 20 + 30) / 6) and rate == pytest.approx(1000 / ms)
@@ -206,6 +212,11 @@ def test_table_and_projection():
 
 
 # Clients.
+
+
+def test_rate_of_whole_answers():
+    """512 tokens at 256 a second, then 160 at 80."""
+    assert clients.answer_rate(512, 160, 256.0, 80.0) == 40.0
 
 
 def test_rate_while_all_decode():

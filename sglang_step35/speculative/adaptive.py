@@ -160,7 +160,9 @@ class DepthController:
         self.depth = self._choose(costs, rates)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
-        overdue = {kind: rounds / self._wait(kind, rates) for kind, rounds in self._waited.items()}
+        # A trial spares nothing of what was paid before; plain rounds that seem to do are measured all the sooner.
+        beside = rates if self._lost else self._rates(self._costs())
+        overdue = {kind: rounds / self._wait(kind, beside) for kind, rounds in self._waited.items()}
         kind = max(overdue, key=overdue.__getitem__)
         return self._probe(kind) if overdue[kind] >= 1 else self.depth
 
@@ -246,7 +248,7 @@ class DepthController:
             seconds = [self.times.seconds((self.depth, wide)) for wide in (False, True)]
             lost = 1 - min(seconds) / max(seconds)
         else:
-            lost = 1 - rates[kind] / max(rates)
+            lost = max(0.0, 1 - rates[kind] / rates[self.depth])
         others = len(self._waited) - 1
         share = settings.regret if kind > self.depth else settings.regret_of_costs
         rounds = ((settings.enough + 1) * lost + self._catch_up(kind)) * others / share

@@ -169,9 +169,13 @@ def test_measuring_other_depths_costs_about_the_share_allowed():
     assert probes > 3 and seconds < 1.012 * 2000 * COST[0]
 
 
-def test_depths_below_the_one_in_use_are_measured_more_rarely():
-    """Where every draft comes true, they show nothing but what they cost."""
+@pytest.mark.parametrize("entry", [0.0, 0.0059])
+def test_depths_below_the_one_in_use_are_measured_more_rarely(entry):
+    """Where every draft comes true, they show nothing but what they cost: as much where plain rounds would do nearly as
+    well, if prompts had been spared their pass, too."""
     controller, _, _ = simulate([1.0] * 3, 3000)
+    controller.entry = entry
+    assert 4 / (COST[3] + 4 * entry) == pytest.approx(105 if entry else 276, abs=1)  # plain: 100
     tokens = seconds = probes = 0
     for _ in range(6000):
         depth = controller.next_depth()

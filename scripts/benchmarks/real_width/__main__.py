@@ -122,7 +122,7 @@ def module(options: argparse.Namespace, name: str, *arguments: str):
 def run(cell: Cell, turn: int, pool: ServerPool, llama: "Llama", options: argparse.Namespace) -> dict[str, Any]:
     """Rates of one turn."""
     file, config = drafted_file(cell.form, options.folder), drafted.fields()
-    tokens = options.tokens or TOKENS[cell.clients]
+    tokens = tokens_of(cell, options)
     if cell.engine == "transformers":
         pool.stop_all()  # it has the memory to itself
         llama.stop()
@@ -141,13 +141,20 @@ def run(cell: Cell, turn: int, pool: ServerPool, llama: "Llama", options: argpar
 
 
 def summary(cell: Cell, runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the turns, and every turn's rates."""
+    """Medians over the turns, and every turn's rates; whole: `clients.answer_rate`, where the prefill was timed."""
     rates = {key: [run[key] for run in runs if run[key] is not None] for key in ("prefill", "decode", "accept")}
+    pairs = zip(rates["prefill"], rates["decode"], strict=False)
+    rates["whole"] = [round(clients.answer_rate(cell.prompt, tokens_of(cell, options), *pair), 2) for pair in pairs]
     middle = {key: round(median(values), 2) if values else None for key, values in rates.items()}
     weights = traffic.read(drafted_file(cell.form, options.folder), drafted.fields())
     read = {"mb_per_token": megabytes(cell, weights, middle["accept"])}
     right = {"right": all(run["right"] for run in runs)} if "right" in runs[0] else {}
-    return middle | read | right | {"turns": {key: rates[key] for key in ("prefill", "decode")}}
+    return middle | read | right | {"turns": {key: rates[key] for key in ("prefill", "decode", "whole")}}
+
+
+def tokens_of(cell: Cell, options: argparse.Namespace) -> int:
+    """Decoded by each client."""
+    return options.tokens or TOKENS[cell.clients]
 
 
 def megabytes(cell: Cell, weights: traffic.Traffic, accept: float | None) -> float | None:

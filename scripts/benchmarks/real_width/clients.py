@@ -78,6 +78,12 @@ def accept_length(streams: list[Stream]) -> float | None:
     return round(sum(stream.arrivals[-1][1] - 1 for stream in streams) / rounds, 2) if rounds else None
 
 
+def answer_rate(prompt: int, tokens: int, prefill: float, decode: float) -> float:
+    """Tokens decoded per second of whole answers, the prefill of their prompts included: what users wait for, and what
+    adaptive depth goes by, since drafts cost time in both. prompt, tokens: of each client."""
+    return tokens / (prompt / prefill + tokens / decode)
+
+
 def ask_sglang(server: Server, prompt: list[int], tokens: int, client: int) -> Stream:
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     body = {"input_ids": prompt, "stream": True, "sampling_params": sampling}

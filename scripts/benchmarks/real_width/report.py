@@ -9,7 +9,8 @@ from scripts.benchmarks.real_width.cells import CLIENTS, MODES, SLICES
 
 MACHINES = (120, 256)  # GB/s of memory to project to
 DENSE, LAYERS = 3, 45  # of the published model
-HEADER = f"{'':32}{'prefill tok/s':>14}{'decode tok/s':>14}{'accept':>8}{'MB/token':>10}{'of bandwidth':>14}"
+COLUMNS = {"prefill tok/s": 14, "decode tok/s": 14, "answer tok/s": 14, "accept": 8, "MB/token": 10, "of bandwidth": 14}
+HEADER = " " * 32 + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
@@ -38,9 +39,13 @@ def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         if not all(modes.values()):
             continue
         decode = {mode: turns["decode"] for mode, turns in modes.items()}
-        better = max(("off", "mtp"), key=lambda mode: median(decode[mode]))
+        better = _better(decode)
         ratio = {"MTP over off": _over(decode["mtp"], decode["off"])}
         ratio |= {"adaptive over the better": _over(decode["adaptive"], decode[better])}
+        whole = {mode: turns.get("whole") for mode, turns in modes.items()}
+        if all(whole.values()):
+            ratio |= {"whole answers: MTP over off": _over(whole["mtp"], whole["off"])}
+            ratio |= {"whole answers: adaptive over the better": _over(whole["adaptive"], whole[_better(whole)])}
         if modes["off"]["prefill"]:
             ratio |= {"prefill, MTP over off": _over(modes["mtp"]["prefill"], modes["off"]["prefill"])}
         llama = found.get(name.replace("ours/", "llama.cpp/"), {}).get("turns")
@@ -51,14 +56,18 @@ def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     return compared
 
 
+def _better(rates: dict[str, list[float]]) -> str:
+    return max(("off", "mtp"), key=lambda mode: median(rates[mode]))
+
+
 def _over(these: list[float], those: list[float]) -> float:
     return round(median(a / b for a, b in zip(these, those, strict=True)), 3)
 
 
 def line(name: str, cell: dict[str, Any], bandwidth: float | None) -> str:
-    prefill, accept, read = (_number(cell.get(key)) for key in ("prefill", "accept", "mb_per_token"))
+    prefill, whole, accept, read = (_number(cell.get(key)) for key in ("prefill", "whole", "accept", "mb_per_token"))
     used = share(cell.get("mb_per_token"), cell["decode"], bandwidth)
-    return f"{name:32}{prefill:>14}{cell['decode']:14.1f}{accept:>8}{read:>10}{used:>14}"
+    return f"{name:32}{prefill:>14}{cell['decode']:14.1f}{whole:>14}{accept:>8}{read:>10}{used:>14}"
 
 
 def _number(value: float | None) -> str:
