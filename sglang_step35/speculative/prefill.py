@@ -16,7 +16,8 @@ from sglang_step35.speculative.rings import RequestRings
 class Chunks:
     """A prefill batch on the host: positions [prefixes[b], ends[b]) of the tokens ids[b]; final: the prompt ends there.
 
-    decoding: whether the request decodes beside prefills (`--enable-mixed-chunk`).
+    decoding: whether the request decodes beside prefills (`--enable-mixed-chunk`). waiting: tokens of the prompts that
+    wait behind these.
     """
 
     pool_idx: list[int]
@@ -26,6 +27,7 @@ class Chunks:
     ids: list
     final: list[bool]
     decoding: list[bool]
+    waiting: int
 
     @classmethod
     def of(cls, batch) -> "Chunks":
@@ -34,6 +36,7 @@ class Chunks:
         ends = [p + n for p, n in zip(prefixes, batch.extend_lens, strict=True)]
         ids = [req.full_untruncated_fill_ids for req in batch.reqs]
         decoding = {id(req) for req in batch.decoding_reqs or ()}
+        left = sum(len(tokens) - end for end, tokens in zip(ends, ids, strict=True))
         return cls(
             pool_idx=[req.kv.req_pool_idx for req in batch.reqs],
             rids=[req.rid for req in batch.reqs],
@@ -42,7 +45,13 @@ class Chunks:
             ids=ids,
             final=[end >= len(tokens) for end, tokens in zip(ends, ids, strict=True)],
             decoding=[id(req) in decoding for req in batch.reqs],
+            waiting=batch.prefill_stats.num_pending_tokens - left if batch.prefill_stats else 0,
         )
+
+    def prompts_to_come(self) -> int:
+        """Prompts that wait, as many as would be were they as long as these."""
+        lengths = [len(tokens) for tokens, decodes in zip(self.ids, self.decoding, strict=True) if not decodes]
+        return max(0, self.waiting) * len(lengths) // max(1, sum(lengths))
 
     def begin_texts(self, texts: LookUps, next_token_ids: list[int]) -> None:
         """From here on tokens are looked up in these requests' prompts and output."""

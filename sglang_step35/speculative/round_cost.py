@@ -15,8 +15,8 @@ class Pace:
     """Bytes a device reads meanwhile. product: while it multiplies one row by one weight. layer: while a layer's small
     steps are issued. draft: while a draft is chosen and handed on, besides the layer's and the head's.
 
-    CPUs: fitted to rounds of 1 to 64 rows in docs/measured.md, "Real widths"; products take about as long in every
-    format. GPUs: 2 operations at 990 TFLOP/s against 4.8 TB/s, and captured graphs.
+    CPUs: fitted to rounds of 1 to 64 rows in docs/real-widths.md; products take about as long in every format. GPUs:
+    2 operations at 990 TFLOP/s against 4.8 TB/s, and captured graphs.
     """
 
     product: float

@@ -161,7 +161,8 @@ class Step35SpecWorker(BaseSpecWorker):
         count_first_tokens(self.store.counts, batch.reqs, result.next_token_ids)
         chunks, sampler, tokens = Chunks.of(batch), self._sampler(batch, batch.seq_lens), result.next_token_ids
         pool = self.req_to_token_pool
-        drafts = not self.depths.rests(pool.size - pool.available_size()) and any(map(depth_limit, batch.reqs))
+        together = min(pool.size, pool.size - pool.available_size() + chunks.prompts_to_come())
+        drafts = not self.depths.rests(together) and any(map(depth_limit, batch.reqs))
         with self.upkeep.prefill(batch, chunks, tokens, result.logits_output.hidden_states, drafts) as found:
             if found is not None:
                 sampler.silent = found.silent

@@ -8,8 +8,8 @@ ROWS = (
         has(
             "ScheduleBatch",
             "batch_size decoding_reqs extend_lens extend_num_tokens forward_mode has_grammar "
-            "input_ids is_extend_in_batch out_cache_loc prefix_lens req_pool_indices reqs return_hidden_states "
-            "return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum spec_info tree_cache",
+            "input_ids is_extend_in_batch out_cache_loc prefill_stats prefix_lens req_pool_indices reqs "
+            "return_hidden_states return_logprob sampling_info seq_lens seq_lens_cpu seq_lens_sum spec_info tree_cache",
         ),
         has(
             "Req",

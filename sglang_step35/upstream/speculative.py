@@ -99,6 +99,7 @@ ROWS = (
     ),
     *module(
         "sglang.srt.managers.scheduler_components.metrics_reporter",
+        has("PrefillStats", "num_pending_tokens"),
         takes(
             "SchedulerMetricsReporter.update_spec_metrics",
             "self bs num_correct_drafts num_accept_tokens num_block_accept_tokens num_cap_tokens",

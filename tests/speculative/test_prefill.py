@@ -51,6 +51,7 @@ def extend(store, spans, decoding=()):
         prefix_lens=[r.filled for r in requests],
         extend_lens=counts,
         decoding_reqs=list(decoding) or None,
+        prefill_stats=None,
     )
     before = snapshot(store)
     made = PrefillPass(batch, Chunks.of(batch), store.rings, store.lag, TABLE)

@@ -54,7 +54,7 @@ def test_tokens_share_experts():
     ],
 )
 def test_measured_rounds_of_the_checkpoint_of_real_widths(pace, rounds):
-    """0.9B parameters in Q4_0 at 34 GB/s (docs/measured.md), milliseconds of decoding and MTP by clients and depth."""
+    """0.9B parameters in Q4_0 at 34 GB/s (docs/real-widths.md): milliseconds, off and MTP, by clients and depth."""
     bits = 4.5
 
     def of(millions: float) -> Weights:

@@ -153,7 +153,7 @@ def test_rows_that_a_catch_up_only_passes_through_are_not_taken_for_exact(monkey
 
 
 def test_a_prefill_asks_how_rounds_of_all_requests_there_are_then_go(monkeypatch):
-    """Those that decode, and those of the prefill."""
+    """Those that decode, those of the prefill, and as many of its length as wait, while the pool has room."""
     worker, sizes = make_worker(monkeypatch, 3, adaptive=True, sliding=2000), []
     host = Host(worker)
     worker.depths.rests = lambda size: bool(sizes.append(size))
@@ -164,6 +164,11 @@ def test_a_prefill_asks_how_rounds_of_all_requests_there_are_then_go(monkeypatch
     host.release(first)
     host.prefill({host.admit(random_prompt(host.chance, 9)): 9})
     assert sizes == [3, 3, 3]
+    for waiting in (8, 19, 900):
+        host.release(second)
+        second = host.admit(random_prompt(host.chance, 9))
+        host.prefill({second: 5}, waiting=waiting)
+    assert sizes[3:] == [3, 5, worker.req_to_token_pool.size]
 
 
 @pytest.mark.parametrize("captured", [(), (2,), (1, 2, 3)])

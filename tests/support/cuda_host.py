@@ -236,6 +236,7 @@ def make_batch(worker, requests, mode: ForwardMode, **changes) -> SimpleNamespac
         sampling_info=sampling_info(requests),
         spec_info=None,
         decoding_reqs=None,
+        prefill_stats=None,
         has_grammar=False,
         return_logprob=False,
     )

@@ -270,8 +270,9 @@ class Host:
     # Steps.
 
     @torch.inference_mode()
-    def prefill(self, spans: dict[ToyRequest, int], decoding: list[ToyRequest] = ()) -> None:
-        """The next `spans[request]` positions of each; `decoding` ones share the batch with their bonus token."""
+    def prefill(self, spans: dict[ToyRequest, int], decoding: list[ToyRequest] = (), waiting: int = 0) -> None:
+        """The next `spans[request]` positions of each; `decoding` ones share the batch with their bonus token. waiting:
+        tokens of other prompts."""
         requests = [*spans, *decoding]
         lengths = [*spans.values(), *[1] * len(decoding)]
         for request, count in zip(requests, lengths, strict=True):
@@ -279,6 +280,8 @@ class Host:
         batch = self._batch(requests, ForwardMode.EXTEND, [r.filled + n for r, n in zip(requests, lengths)])
         batch.prefix_lens, batch.extend_lens = [r.filled for r in requests], lengths
         batch.ends, batch.decoding_reqs = batch.seq_lens.tolist(), list(decoding) or None
+        left = sum(len(r.full_untruncated_fill_ids) - end for r, end in zip(requests, batch.ends, strict=True))
+        batch.prefill_stats = SimpleNamespace(num_pending_tokens=left + waiting)
         result = self.worker.forward_batch_generation(batch)
         assert result.accept_lens is None and result.new_seq_lens.tolist() == batch.ends
         for b, request in enumerate(requests):
@@ -349,6 +352,7 @@ class Host:
             sampling_info=sampling_info(requests),
             spec_info=None,
             decoding_reqs=None,
+            prefill_stats=None,
             has_grammar=False,
             return_logprob=False,
             return_hidden_states=False,
