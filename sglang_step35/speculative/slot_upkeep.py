@@ -49,6 +49,9 @@ class SlotUpkeep:
         rows = settings.state_rows(earlier_keys, len(self.req_to_token))
         self.states = SlotStates(self.req_to_token, len(self.to_sliding), rows, hidden_size, dtype)
         self.reader = None  # of rings, which CUDA graphs read
+        # Of a prompt only what its drafts read is computed, behind its last chunk. Otherwise whoever shares it finds
+        # exact KV at any length, however long ago the states were given up.
+        self.late = settings.adaptive
         self.allocator, self.num_layers, self.earlier_keys = allocator, settings.num_steps, earlier_keys
         self.retained, self.reach = settings.retained(earlier_keys), settings.reach(earlier_keys)
         self.exact = np.zeros(allocator.size_swa + allocator.page_size, bool)
@@ -68,15 +71,16 @@ class SlotUpkeep:
     def prefill(
         self, batch, chunks: Chunks, next_token_ids: Tensor, hidden: Tensor, drafts: bool
     ) -> Iterator[CatchUp | None]:
-        """The pass behind a prefill; None where nothing is to be drafted.
+        """The pass behind a prefill; None where nothing is to be drafted, or with `late` before a prompt's end.
 
         next_token_ids: [B] sampled. hidden: [sum of chunk lengths, H], the backbone's.
         """
         self._take_in(chunks, next_token_ids.tolist(), hidden)
-        if not drafts:
+        if not drafts or (self.late and not any(chunks.final)):
             yield None
             return
-        with self._catching_up(batch, chunks.pool_idx, chunks.prefixes, chunks.ends) as found:
+        since = chunks.ends if self.late else chunks.prefixes
+        with self._catching_up(batch, chunks.pool_idx, since, chunks.ends) as found:
             yield found
 
     @contextmanager

@@ -132,8 +132,22 @@ def test_kv_left_out_is_computed_from_what_slots_keep(monkeypatch, steps, slidin
     worker = make_worker(monkeypatch, steps, adaptive=True, sliding=sliding, states=states)
     worker.depths = RestingDepths(worker.settings, seed=steps)
     host = Host(worker, seed=20 + seed)
-    play(host, 250)
+    play(host, 400)
     assert set(host.accepted) == set(range(steps + 1))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_of_a_long_prompt_only_what_its_drafts_read_is_computed(monkeypatch, adaptive):
+    """With adaptive depth. Otherwise all of it, which whoever shares the prompt may draft from."""
+    worker, passes = make_worker(monkeypatch, 3, adaptive=adaptive, sliding=2000), []
+    host, entering = Host(worker), worker.depths.entering
+    worker.depths.entering = lambda prompts, rows: passes.append((prompts, rows)) or entering(prompts, rows)
+    request = host.admit(random_prompt(host.chance, 70))
+    host.prefill({request: 60})
+    host.prefill({request: 10})
+    assert len(request.drafts) == 3 and worker.upkeep.reach < 60
+    earlier = worker.settings.num_steps - 1  # rows whose tokens were not known behind the first chunk
+    assert passes == ([(1, worker.upkeep.reach)] if adaptive else [(0, 60), (1, 10 + earlier)])
 
 
 @pytest.mark.parametrize("hit", range(8, 36))
