@@ -160,7 +160,7 @@ class DepthController:
         self.depth = self._choose(costs, rates)
         self._waited = {kind: rounds + 1 for kind, rounds in self._waited.items()}
         self._waited[self.depth] = 0
-        # A trial spares nothing of what was paid before; plain rounds that seem to do are measured all the sooner.
+        # A trial spares nothing of what was paid before. Plain rounds that seem to win by that are measured soon.
         beside = rates if self._lost else self._rates(self._costs())
         overdue = {kind: rounds / self._wait(kind, beside) for kind, rounds in self._waited.items()}
         kind = max(overdue, key=overdue.__getitem__)

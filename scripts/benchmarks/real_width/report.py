@@ -1,6 +1,6 @@
 """Table, picture and projection of the results."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,13 +10,12 @@ from scripts.benchmarks.real_width.cells import CLIENTS, MODES, SLICES
 MACHINES = (120, 256)  # GB/s of memory to project to
 DENSE, LAYERS = 3, 45  # of the published model
 COLUMNS = {"prefill tok/s": 14, "decode tok/s": 14, "answer tok/s": 14, "accept": 8, "MB/token": 10, "of bandwidth": 14}
-HEADER = " " * 32 + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
     if "bandwidth" in found:
         yield f"read bandwidth measured: {found['bandwidth']} GB/s"
-    yield HEADER
+    yield _row("", COLUMNS)
     for name, cell in found.items():
         if isinstance(cell, dict) and "decode" in cell:
             yield line(name, cell, found.get("bandwidth"))
@@ -39,21 +38,26 @@ def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         if not all(modes.values()):
             continue
         decode = {mode: turns["decode"] for mode, turns in modes.items()}
-        better = _better(decode)
-        ratio = {"MTP over off": _over(decode["mtp"], decode["off"])}
-        ratio |= {"adaptive over the better": _over(decode["adaptive"], decode[better])}
+        ratio = _modes_compared(decode)
         whole = {mode: turns.get("whole") for mode, turns in modes.items()}
         if all(whole.values()):
-            ratio |= {"whole answers: MTP over off": _over(whole["mtp"], whole["off"])}
-            ratio |= {"whole answers: adaptive over the better": _over(whole["adaptive"], whole[_better(whole)])}
+            ratio |= {f"whole answers: {what}": value for what, value in _modes_compared(whole).items()}
         if modes["off"]["prefill"]:
             ratio |= {"prefill, MTP over off": _over(modes["mtp"]["prefill"], modes["off"]["prefill"])}
         llama = found.get(name.replace("ours/", "llama.cpp/"), {}).get("turns")
         if llama and len(llama["decode"]) == len(decode["off"]):  # measured in the same turns
-            ratio |= {"over llama.cpp": _over(decode[better], llama["decode"])}
+            ratio |= {"over llama.cpp": _over(decode[_better(decode)], llama["decode"])}
             ratio |= {"prefill over llama.cpp": _over(modes["off"]["prefill"], llama["prefill"])}
         compared[name.replace("/off/", "/")] = ratio
     return compared
+
+
+def _modes_compared(rates: dict[str, list[float]]) -> dict[str, float]:
+    better = rates[_better(rates)]
+    return {
+        "MTP over off": _over(rates["mtp"], rates["off"]),
+        "adaptive over the better": _over(rates["adaptive"], better),
+    }
 
 
 def _better(rates: dict[str, list[float]]) -> str:
@@ -67,7 +71,11 @@ def _over(these: list[float], those: list[float]) -> float:
 def line(name: str, cell: dict[str, Any], bandwidth: float | None) -> str:
     prefill, whole, accept, read = (_number(cell.get(key)) for key in ("prefill", "whole", "accept", "mb_per_token"))
     used = share(cell.get("mb_per_token"), cell["decode"], bandwidth)
-    return f"{name:32}{prefill:>14}{cell['decode']:14.1f}{whole:>14}{accept:>8}{read:>10}{used:>14}"
+    return _row(name, (prefill, f"{cell['decode']:.1f}", whole, accept, read, used))
+
+
+def _row(name: str, values: Iterable[str]) -> str:
+    return f"{name:32}" + "".join(f"{value:>{width}}" for value, width in zip(values, COLUMNS.values(), strict=True))
 
 
 def _number(value: float | None) -> str:
