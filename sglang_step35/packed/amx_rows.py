@@ -16,7 +16,7 @@ from sglang_step35.packed.ik_weights import FLOAT8
 
 # By the library's number of the type, from how many rows of activations on. Up to 8 are multiplied in float32 by
 # bfloat16 and FP8 weights.
-FEWEST = {TYPES["BF16"].number: 9, FLOAT8: 9} | dict.fromkeys(int8_rows.FEWEST, 24)
+FEWEST = {TYPES["BF16"].number: 9, FLOAT8: 9} | dict.fromkeys(int8_rows.KINDS, 24)
 COLUMNS, AT_ONCE = 32, 8  # of a tile of weights; rows of weights that come from one place
 
 

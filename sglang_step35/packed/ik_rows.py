@@ -70,7 +70,7 @@ def _ours(rows: float, *weights) -> Callable | None:
     """What makes the step by a kernel of ours; None where the library multiplies."""
     if amx_rows.takes(rows, *weights):
         return amx_rows.step
-    if int8_rows.takes(rows, *weights):
+    if int8_rows.takes(*weights):
         return int8_rows.step
     shapes = [(weight.contents.type, *weight.contents.ne[:2]) for weight in weights]
     if any(kind == FLOAT8 for kind, _, _ in shapes):

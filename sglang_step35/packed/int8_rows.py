@@ -1,8 +1,8 @@
 """Products with interleaved rows of weights as steps of ggml's graphs, where the CPU multiplies int8 by AVX-512 VNNI.
 
 Two steps: the activations become records of int8, then every thread multiplies its rows of the weights by all of them.
-The wheel's kernels, compiled for AVX2, take 1.0 to 1.6 times as long for two rows, 1.2 to 2.8 for four and 1.5 to 3.5
-from eight on (Zen 4, one thread). Activations are rounded as the library rounds them for Q8_0: 0.5 % of a product.
+The wheel's kernels, compiled for AVX2, take 1.3 to 2.1 times as long for one row (Emerald Rapids; 1.0 to 1.1 on Zen 4),
+on Zen 4 1.0 to 1.6 times for two, 1.2 to 2.8 for four and 1.5 to 3.5 from eight on (one thread). Activations are rounded as the library rounds them for Q8_0: 0.5 % of a product.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, T tokens.
 """
@@ -13,9 +13,8 @@ from functools import cache
 from sglang_step35.packed.ik_library import I8, Library
 from sglang_step35.packed.two_bits import TWO_BITS
 
-# The library's Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4, and from how many rows of activations on they are faster
-# here: unpacking K-quants costs more. Two bits are ours alone.
-FEWEST = {202: 1, 208: 1, 212: 2, 213: 2, 214: 2, TWO_BITS: 1}
+# By the library's numbers: Q4_0_R8, Q8_0_R8, Q4_K_R4, Q5_K_R4 and Q6_K_R4. Two bits are ours alone.
+KINDS = 202, 208, 212, 213, 214, TWO_BITS
 AT_ONCE = 8  # rows of weights
 
 
@@ -28,10 +27,10 @@ def supported() -> bool:
     return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vnni"))
 
 
-def takes(rows: float, *weights) -> bool:
-    """Whether so many rows of activations are multiplied here by these matrices [K, N], or each of these stacks."""
-    kinds = {weight.contents.type for weight in weights}
-    if len(kinds) > 1 or rows < FEWEST.get(*kinds, rows + 1):
+def takes(*weights) -> bool:
+    """Whether activations are multiplied here by these matrices [K, N], or each of these stacks, however many rows."""
+    kind, *others = {weight.contents.type for weight in weights}
+    if others or kind not in KINDS:
         return False
     return all(weight.contents.ne[1] % AT_ONCE == 0 for weight in weights) and supported()
 

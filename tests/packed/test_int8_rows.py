@@ -15,7 +15,6 @@ from tests.support.graph_steps import recorded
 
 EXACT = 3e-6  # relative: only the order of the sums differs
 COLUMNS = 32  # that share a scale
-K_QUANTS = "Q4_K", "Q5_K", "Q6_K"
 
 pytestmark = pytest.mark.skipif(
     not (ik_check.usable() and int8_rows.supported()), reason="without the library or the CPU's instructions"
@@ -45,12 +44,11 @@ def test_products(steps, threads, name, rows):
     x = torch.randn(rows, 512)
     x[0, :COLUMNS] = 0
     found = ik_kernel.linear(x, [prepared(part) for part in parts]).split([40, 8, 12, 64], 1)
-    ours = rows > 1 or name not in K_QUANTS
     for number, (part, meaning) in enumerate(zip(found, meanings)):
         assert error(part, x @ meaning.T) < ROUNDED
-        if ours and number != 2:
+        if number != 2:
             assert error(part, rounded(x) @ meaning.T) < EXACT
-    assert steps == ([(40, rows), (8, rows), (64, rows)] if ours else [])
+    assert steps == [(40, rows), (8, rows), (64, rows)]
 
 
 @pytest.mark.parametrize("name", prepare.INTERLEAVED)
@@ -59,7 +57,7 @@ def test_a_row_is_the_same_among_others(name):
     weight, x = prepared(packed(name, 40, 256)[0]), torch.randn(70, 256)
     whole, before = ik_kernel.linear(x, [weight]), torch.get_num_threads()
     torch.set_num_threads(2)
-    for rows in range(2, 10):
+    for rows in range(1, 10):
         assert torch.equal(ik_kernel.linear(x[-rows:], [weight]), whole[-rows:])
     torch.set_num_threads(before)
 
@@ -77,8 +75,7 @@ def test_experts(steps, threads, name, rows, limit):
     ids[rows - 1, 1:] = -1
     found = ik_kernel.experts(x, gate, up, down, shares, ids, limit)
     assert error(found, chosen_experts(x, *(meaning for _, meaning in stacks), shares, ids, limit)) < 3 * ROUNDED
-    ours = rows > 2 or name not in K_QUANTS  # of those less than two rows a matrix are left to the library
-    assert steps == ([(256, 3, rows), (512, 3, rows)] if ours else [])
+    assert steps == [(256, 3, rows), (512, 3, rows)]
 
 
 def test_the_gates_of_experts_are_exact(steps):
