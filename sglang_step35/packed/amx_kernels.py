@@ -29,7 +29,7 @@ from sglang_step35.packed.amx_tiles import (
     lay_row,
     multiply_tiles,
     split_sums,
-    turn_sums,
+    turn_words,
 )
 from sglang_step35.packed.ik_weights import FLOAT8
 from sglang_step35.packed.int8_formats import COLUMNS, FORMATS
@@ -113,7 +113,7 @@ def _multiply(kind, x, x_count, panels, panel_count, tiles, sums):
         multiply_tiles(panels, panel_count, x, x_count, tiles, turned)
         for i in range(x_count):
             for j in range(panel_count):
-                turn_sums(turned + (j * x_count + i) * TILE, sums + (i * panel_count + j) * TILE)
+                turn_words(turned + (j * x_count + i) * TILE, sums + (i * panel_count + j) * TILE, LINE)
 
     return rows if kind.literal_value in FORMATS else pairs
 

@@ -126,23 +126,26 @@ def lay_pairs(typing, places, tiles, to):
         with cgutils.for_range(builder, tiles) as loop:
             wide = (code.load(code.shift(row, loop.index, 4 * COLUMNS), COLUMNS) for row in rows)
             lines = [builder.bitcast(code.narrow(numbers), _WORDS) for numbers in wide]
-            _store_lines(code, _turned(code, lines), code.shift(to, loop.index, TILE))
+            for i, line in enumerate(_turned(code, lines)):
+                code.store(line, code.shift(code.shift(to, loop.index, TILE), i, LINE))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
 
 
 @intrinsic
-def turn_sums(typing, sums, to):
-    """to [SIDE, SIDE] float32 = the transpose of sums."""
+def turn_words(typing, lines, to, apart):
+    """The transpose of [SIDE, SIDE] words of 4 bytes, whose lines begin at `to` and so many bytes apart."""
 
     def generate(context, builder, signature, arguments):
         code = Code(builder)
-        lines = [code.load(code.shift(arguments[0], i, LINE), SIDE) for i in range(SIDE)]
-        _store_lines(code, _turned(code, lines), arguments[1])
+        lines, to, apart = arguments
+        own = [code.load(code.shift(lines, i, LINE), SIDE) for i in range(SIDE)]
+        for i, line in enumerate(_turned(code, own)):
+            code.store(line, code.shift(to, apart, i))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+    return types.void(*[types.int64] * 3), generate
 
 
 @intrinsic
@@ -216,11 +219,6 @@ def _lay_group(code: LaneCode, chosen: Format, here: list, group, to) -> None:
             for i in (0, 2):
                 pairs = code.narrow_pairs(values[i], values[i + 1])
                 code.store_halves(pairs, builder.add(to, INT64(LINE * (column + i) // 2)))
-
-
-def _store_lines(code: Code, lines: list, to) -> None:
-    for i, line in enumerate(lines):
-        code.store(line, code.shift(to, i, LINE))
 
 
 def _turned(code: Code, lines: list) -> list:

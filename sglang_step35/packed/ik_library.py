@@ -115,9 +115,13 @@ class Scratch:
 
     def address(self, size: int) -> int:
         """Of at least `size` bytes."""
+        return self.bytes(size).data_ptr()
+
+    def bytes(self, size: int) -> torch.Tensor:
+        """[size] uint8."""
         if self._bytes.numel() < size:
             self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes.data_ptr()
+        return self._bytes[:size]
 
 
 class Graph:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_step35.packed import ik_kernel, plain
+from sglang_step35.packed import ik_kernel, plain, wide_rows
 from sglang_step35.packed.ggml import GGMLTensor
 from sglang_step35.packed.ik_check import multiplies_bfloat16, usable
 from sglang_step35.packed.ik_rows import ROWS
@@ -27,10 +26,12 @@ def linear(x: Tensor, parts: Sequence[PackedTensor]) -> Tensor:
     if x.dtype is torch.float32 or not usable():
         return plain.linear(x, parts)
     by_torch = [_torch_is_faster(x, part) for part in parts]
+    if all(by_torch):
+        return wide_rows.linear(x, parts)
     if not any(by_torch) and all(ik_kernel.reads(part) for part in parts):
         return ik_kernel.linear(x, parts)
     if len(parts) == 1:
-        return F.linear(x, parts[0].data.view(torch.bfloat16)) if by_torch[0] else plain.linear(x, parts)
+        return plain.linear(x, parts)
     return torch.cat([linear(x, (part,)) for part in parts], dim=-1)
 
 
@@ -40,7 +41,8 @@ def is_native(x: Tensor) -> bool:
 
 
 def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:
-    return is_native(x) and isinstance(part, GGMLTensor) and part.type.name == "BF16" and ik_kernel.reads(part)
+    known = isinstance(part, GGMLTensor) and ik_kernel.reads(part)
+    return is_native(x) and known and wide_rows.takes(len(x), part)
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:

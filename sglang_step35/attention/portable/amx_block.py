@@ -20,7 +20,7 @@ from sglang_step35.packed.amx_tiles import (
     lay_pairs,
     lay_row,
     multiply_tiles,
-    turn_sums,
+    turn_words,
 )
 from sglang_step35.packed.int8_formats import COLUMNS
 
@@ -89,7 +89,7 @@ def add_block(room, states, rows, size, places, keys, key, scale, sums):
                 hide(found, wide * TILE, tiles, key, state + 2 * LINE, state + 3 * LINE)
             weigh(found, wide * TILE, tiles, scale, state, factors, words)
             for tile in range(tiles // 2):
-                turn_sums(words + tile * TILE, weights + (i * tiles // 2 + tile) * TILE)
+                turn_words(words + tile * TILE, weights + (i * tiles // 2 + tile) * TILE, LINE)
             _rescale(sums + (column + i) * SIDE * size * 4, size, factors)
         add_products(weights, wide, values, tiles // 2, size, sums + column * SIDE * size * 4)
 
