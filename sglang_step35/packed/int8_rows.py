@@ -2,8 +2,8 @@
 
 Two steps: the activations become records of int8, then every thread multiplies its rows of the weights by all of them.
 The wheel's kernels, compiled for AVX2, take 1.3 to 2.1 times as long for one row (Emerald Rapids; on Zen 4 1.0 to 1.1),
-on Zen 4 1.0 to 1.6 times for two, 1.2 to 2.8 for four and 1.5 to 3.5 from eight on. One thread each time. Activations are
-rounded as the library rounds them for Q8_0: 0.5 % of a product.
+on Zen 4 1.0 to 1.6 times for two, 1.2 to 2.8 for four and 1.5 to 3.5 from eight on. One thread each time. Activations
+are rounded as the library rounds them for Q8_0: 0.5 % of a product.
 
 Shapes are given as ggml counts them, the innermost dimension first. Letters: K columns, N rows of a matrix, T tokens.
 """
