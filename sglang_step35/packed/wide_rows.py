@@ -1,8 +1,9 @@
 """Products of very many rows by torch: interleaved weights become bfloat16 before, a few rows of them at a time.
 
 Where the CPU has AMX, torch multiplies many rows by bfloat16 weights up to twice as fast as `amx_rows.py`, which
-unpacks a weight anew for each few rows of activations: 1.2 times for 512 rows, 1.4 to 1.8 for 2,048, unpacking included (Emerald
-Rapids, two threads). Activations and weights are rounded as there. Letters: T tokens, K columns, N rows of a matrix.
+unpacks a weight anew for each few rows of activations: 1.2 times for 512 rows, 1.4 to 1.8 for 2,048, unpacking
+included (Emerald Rapids, two threads). Activations and weights are rounded as there. Letters: T tokens, K columns,
+N rows of a matrix.
 """
 
 from collections.abc import Iterator, Sequence
