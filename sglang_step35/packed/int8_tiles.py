@@ -21,8 +21,6 @@ LANES = 8  # rows of weights of one place
 # int32 -offset times the sum of its columns, or float32 -scale times it where the weights have minima.
 SCALE, START, RECORD = COLUMNS, COLUMNS + 4, COLUMNS + 12
 LINE = 64  # bytes that a cache fetches together
-# Up to so many rows of activations prefetching by the CPU itself keeps up, where weights are read in two streams only.
-FOLLOWED = 3
 TO_INTEGER = 3.0 * 2**22  # added to a small float32: the lowest bits are those of the nearest integer
 
 
@@ -74,8 +72,7 @@ def _tile(code: LaneCode, chosen: Format, rows: int, starts: list, blocks, place
     with cgutils.for_range(builder, blocks) as outer:
         here = [builder.add(start, builder.mul(outer.index, INT64(chosen.size))) for start in starts]
         with cgutils.for_range(builder, INT64(chosen.groups)) as inner:
-            if chosen.rows < LANES or rows > FOLLOWED:
-                _prefetch(code, chosen, here, inner.index, ahead)
+            _prefetch(code, chosen, here, inner.index, ahead)
             number = builder.add(builder.mul(outer.index, INT64(chosen.groups)), inner.index)
             offset = builder.mul(number, INT64(RECORD))
             _group(code, chosen, here, inner.index, [builder.add(x, offset) for x in inputs], totals)
