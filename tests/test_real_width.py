@@ -202,10 +202,10 @@ def test_ratios_are_of_one_turn():
 
 def test_table_and_projection():
     cell = {"prefill": 51.2, "decode": 15.2, "whole": 8.1, "accept": None, "mb_per_token": 500.0}
-    step = {"ms": [10.0, 20.0, 30.0], "mb": [100.0, 200.0, 300.0]}
+    step = {"ms": [10.0, 20.0, 30.0], "mb": [100.0, 200.0, 300.0], "bandwidth": 25.0}
     lines = list(report.table({"bandwidth": 20.0, "ours/bf16/off/c1/p512": cell, "layers/Q4_K": {"1": step}}))
     assert lines[2].split() == ["ours/bf16/off/c1/p512", "51.2", "15.2", "8.1", "-", "500", "0.38"]
-    assert "Q4_K expert layer, 1 rows: 20.00 ms, 200.0 MB, 0.50 of the bandwidth" in lines
+    assert "Q4_K expert layer, 1 rows: 20.00 ms, 200.0 MB, 0.40 of the bandwidth" in lines
     ms, rate = report.project(step, 20.0, 120.0)
     assert ms == pytest.approx((3 * 10 + 42 * 20 + 30) / 6) and rate == pytest.approx(1000 / ms)
     assert sum("PROJECTED, not measured" in line for line in lines) == 2

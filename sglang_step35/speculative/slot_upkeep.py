@@ -79,7 +79,9 @@ class SlotUpkeep:
         if not drafts or (self.late and not any(chunks.final)):
             yield None
             return
-        since = chunks.ends if self.late else chunks.prefixes
+        since: Sequence[int | None] = chunks.prefixes
+        if self.late:
+            since = [end if final else None for end, final in zip(chunks.ends, chunks.final, strict=True)]
         with self._catching_up(batch, chunks.pool_idx, since, chunks.ends) as found:
             yield found
 
@@ -137,11 +139,14 @@ class SlotUpkeep:
         for index, count in zip(pool_idx, rows, strict=True):
             self.debts[index] = count
 
-    def _span(self, pool_idx: int, since: int, end: int) -> Span:
+    def _span(self, pool_idx: int, since: int | None, end: int) -> Span:
         """Rows up to `end` that leave exact KV in every layer for all that passes behind `since` read.
 
-        Where hidden states of these are gone, the last row alone, which means nothing.
+        Where there are none (None), or hidden states of the rows are gone, the last row alone, which means nothing.
         """
+        nothing = Span(end - 1, end, end)
+        if since is None:
+            return nothing
         low = max(0, since - self.reach)
         slots = self.states.table[pool_idx, low:end]
         missing = (np.flatnonzero(~self.exact[self.to_sliding[slots[: since - low]]]) + low).tolist()
@@ -149,10 +154,12 @@ class SlotUpkeep:
         for _ in range(self.num_layers - 1):  # a layer reads the window before it of the layer below
             start = _first(missing, start - self.earlier_keys, start)
         known = bool(self.states.entries(slots[start - low :]).all())
-        return Span(start, exact, end) if known else Span(end - 1, end, end)
+        return Span(start, exact, end) if known else nothing
 
     @contextmanager
-    def _catching_up(self, batch, pool_idx: list[int], since: list[int], ends: list[int]) -> Iterator[CatchUp | None]:
+    def _catching_up(
+        self, batch, pool_idx: list[int], since: Sequence[int | None], ends: list[int]
+    ) -> Iterator[CatchUp | None]:
         """The pass over the rows of `_span`; None where there are not enough slots for it."""
         requests = list(zip(pool_idx, since, ends, strict=True))
         room = self._make_room(batch, lambda: [self._span(*request) for request in requests])

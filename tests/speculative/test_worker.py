@@ -148,6 +148,12 @@ def test_of_a_long_prompt_only_what_its_drafts_read_is_computed(monkeypatch, ada
     assert len(request.drafts) == 3 and worker.upkeep.reach < 60
     earlier = worker.settings.num_steps - 1  # rows whose tokens were not known behind the first chunk
     assert passes == ([(1, worker.upkeep.reach)] if adaptive else [(0, 60), (1, 10 + earlier)])
+    middle, short = (host.admit(random_prompt(host.chance, length)) for length in (70, 9))
+    host.prefill({middle: 60, short: 9})
+    assert len(short.drafts) == 3
+    assert passes[-1] == (1, 9 + (1 if adaptive else 60))
+    host.prefill({middle: 10})
+    assert len(middle.drafts) == 3
 
 
 @pytest.mark.parametrize("hit", range(8, 36))

@@ -106,9 +106,9 @@ def run_extra(name: str, options: argparse.Namespace):
     weights = traffic.read(file, fields if is_slice else drafted.fields())
     if kind == "write":
         return {"mb": round(sum(traffic.sizes(file).values()) / 1e6)}
-    times = module(options, "layers", str(file), *SLICE_ROWS)
-    read = {rows: [weights.layer(0, int(rows)), weights.layer(1, int(rows)), weights.head] for rows in times}
-    return {rows: {"ms": ms, "mb": [round(size / 1e6, 1) for size in read[rows]]} for rows, ms in times.items()}
+    steps = module(options, "layers", str(file), *SLICE_ROWS)
+    read = {rows: [weights.layer(0, int(rows)), weights.layer(1, int(rows)), weights.head] for rows in steps}
+    return {rows: step | {"mb": [round(size / 1e6, 1) for size in read[rows]]} for rows, step in steps.items()}
 
 
 def module(options: argparse.Namespace, name: str, *arguments: str):

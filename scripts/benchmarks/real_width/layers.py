@@ -2,8 +2,9 @@
 
     python -m scripts.benchmarks.real_width.layers FILE [ROWS ...]
 
-Prints JSON {rows: [milliseconds of each layer .., of embedding and head]}. Tokens are random and weights larger than
-the caches, so that every step reads other experts from memory.
+Prints JSON {rows: {"ms": of each layer .., of embedding and head, "bandwidth": GB/s}}, medians; memory is read once
+between the steps, because a machine's pace changes. Tokens are random and weights larger than the caches, so that every
+step reads other experts from memory.
 """
 
 import json
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from torch import Tensor, nn
 
+from scripts.benchmarks.real_width import bandwidth
 from sglang_step35.model import single_rank
 from sglang_step35.model.graphed_layers import GraphedLayers
 from tests.support import model_host
 
 KEYS = 512
 WARM, STEPS = 1, 25
+READ = 1 << 28  # bytes
 SECONDS = 40  # for a number of rows: slow kernels get fewer steps
 
 
@@ -42,11 +45,12 @@ class Context:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, rows: int) -> list[float]:
-    """Medians."""
+def measure(model: nn.Module, rows: int) -> dict:
+    """Of steps of so many rows."""
     backbone, head = model.model, model.lm_head
     layers = [GraphedLayers((layer,)) for layer in backbone.layers]
     steps, backend, begun = [], Context(), time.perf_counter()
+    rates, buffer = [], torch.zeros(READ // 4)
     while len(steps) <= WARM or (len(steps) < WARM + STEPS and time.perf_counter() - begun < SECONDS):
         batch = model_host.batch_of(torch.randint(0, model.spec.vocab_size, (rows,)).tolist())
         with forward_context(ForwardContext(attn_backend=backend), forward_batch=batch):
@@ -61,7 +65,9 @@ def measure(model: nn.Module, rows: int) -> list[float]:
             marks.append(time.perf_counter())
         before, *of_layers, behind = (end - start for start, end in pairwise(marks))
         steps.append([*of_layers, before + behind])
-    return [round(1000 * statistics.median(times), 3) for times in zip(*steps[WARM:], strict=True)]
+        rates.append(bandwidth.rate(buffer))
+    times = [round(1000 * statistics.median(times), 3) for times in zip(*steps[WARM:], strict=True)]
+    return {"ms": times, "bandwidth": round(statistics.median(rates), 2)}
 
 
 def main(path: str, *rows: str) -> None:

@@ -23,7 +23,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         yield f"{name:32}" + ", ".join(f"{what} {value:.2f}" for what, value in ratio.items())
     for form in SLICES:
         if f"layers/{form}" in found:
-            yield from _slice(form, found[f"layers/{form}"], found.get("bandwidth"))
+            yield from _slice(form, found[f"layers/{form}"])
 
 
 def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -86,16 +86,14 @@ def share(megabytes: float | None, rate: float, bandwidth: float | None) -> str:
     return "-" if megabytes is None or bandwidth is None else f"{megabytes * rate / 1000 / bandwidth:.2f}"
 
 
-def _slice(form: str, measured: dict[str, Any], bandwidth: float | None) -> Iterator[str]:
-    """measured: {rows: {"ms": [..], "mb": [..]}} of the dense layer, the one with experts, and the head."""
+def _slice(form: str, measured: dict[str, Any]) -> Iterator[str]:
+    """measured: {rows: {"ms": [..], "mb": [..], "bandwidth": GB/s}} of the dense layer, the one with experts, the head."""
     for rows, step in measured.items():
         for part, ms, mb in zip(("dense layer", "expert layer", "head"), step["ms"], step["mb"], strict=True):
-            used = share(mb, 1000 / ms, bandwidth)
+            used = share(mb, 1000 / ms, step["bandwidth"])
             yield f"{form} {part}, {rows} rows: {ms:.2f} ms, {mb:.1f} MB, {used} of the bandwidth"
-    if bandwidth is None or "1" not in measured:
-        return
-    for machine in MACHINES:
-        ms, rate = project(measured["1"], bandwidth, machine)
+    for machine in MACHINES if "1" in measured else ():
+        ms, rate = project(measured["1"], measured["1"]["bandwidth"], machine)
         yield (
             f"{form} PROJECTED, not measured: {LAYERS} layers at {machine} GB/s: {ms:.0f} ms a token, {rate:.1f} tok/s "
             f"without speculation"
