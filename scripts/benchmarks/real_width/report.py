@@ -87,7 +87,7 @@ def share(megabytes: float | None, rate: float, bandwidth: float | None) -> str:
 
 
 def _slice(form: str, measured: dict[str, Any]) -> Iterator[str]:
-    """measured: {rows: {"ms": [..], "mb": [..], "bandwidth": GB/s}} of the dense layer, the one with experts, the head."""
+    """measured: {rows: {"ms": [..], "mb": [..], "bandwidth": GB/s}} of the dense and the expert layer and the head."""
     for rows, step in measured.items():
         for part, ms, mb in zip(("dense layer", "expert layer", "head"), step["ms"], step["mb"], strict=True):
             used = share(mb, 1000 / ms, step["bandwidth"])
