@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 
+from scripts.benchmarks.real_width.bandwidth import rate
 from sglang_step35 import huge_pages
 from sglang_step35.packed import ik_check, ik_kernel, plain
 from sglang_step35.packed.blocks import BlockTensor
@@ -111,9 +112,9 @@ def in_turns(
     for turn in range(options.repeats):
         if before is not None and turn % 3 == 0:
             slow.append(clock(before, old[turn % len(old)]))
-        reads.append(clock(data.sum))
+        reads.append(rate(data))
         fast += [clock(now, new[(3 * turn + i) % len(new)]) for i in range(3)]
-    return median(slow) * 1e3 if slow else None, median(fast) * 1e3, READ_BYTES / median(reads)
+    return median(slow) * 1e3 if slow else None, median(fast) * 1e3, median(reads) * 1e9
 
 
 def clock(function: Callable, *arguments) -> float:

@@ -126,8 +126,7 @@ def lay_pairs(typing, places, tiles, to):
         with cgutils.for_range(builder, tiles) as loop:
             wide = (code.load(code.shift(row, loop.index, 4 * COLUMNS), COLUMNS) for row in rows)
             lines = [builder.bitcast(code.narrow(numbers), _WORDS) for numbers in wide]
-            for i, line in enumerate(_turned(code, lines)):
-                code.store(line, code.shift(code.shift(to, loop.index, TILE), i, LINE))
+            _store_turned(code, lines, code.shift(to, loop.index, TILE), INT64(LINE))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
@@ -140,9 +139,7 @@ def turn_words(typing, lines, to, apart):
     def generate(context, builder, signature, arguments):
         code = Code(builder)
         lines, to, apart = arguments
-        own = [code.load(code.shift(lines, i, LINE), SIDE) for i in range(SIDE)]
-        for i, line in enumerate(_turned(code, own)):
-            code.store(line, code.shift(to, apart, i))
+        _store_turned(code, [code.load(code.shift(lines, i, LINE), SIDE) for i in range(SIDE)], to, apart)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
@@ -221,16 +218,17 @@ def _lay_group(code: LaneCode, chosen: Format, here: list, group, to) -> None:
                 code.store_halves(pairs, builder.add(to, INT64(LINE * (column + i) // 2)))
 
 
-def _turned(code: Code, lines: list) -> list:
-    """The transpose of 16 vectors of 16 words: lanes change places between those 1, 2, 4 and 8 apart."""
-    for apart in (1, 2, 4, 8):
-        low = [(lane & ~apart) + (SIDE if lane & apart else 0) for lane in range(SIDE)]
-        high = [lane + apart for lane in low]
-        pairs = [(i, i + apart) for i in range(SIDE) if not i & apart]
+def _store_turned(code: Code, lines: list, to, apart) -> None:
+    """The transpose of 16 vectors of 16 words, `apart` bytes from line to line."""
+    for other in (1, 2, 4, 8):  # lanes change places between the lines so far from each other
+        low = [(lane & ~other) + (SIDE if lane & other else 0) for lane in range(SIDE)]
+        high = [lane + other for lane in low]
+        pairs = [(i, i + other) for i in range(SIDE) if not i & other]
         turned = {i: code.pick(lines[i], lines[j], low) for i, j in pairs}
         turned |= {j: code.pick(lines[i], lines[j], high) for i, j in pairs}
         lines = [turned[i] for i in range(SIDE)]
-    return lines
+    for i, line in enumerate(lines):
+        code.store(line, code.shift(to, apart, i))
 
 
 def call(builder, name: str, *operands) -> None:

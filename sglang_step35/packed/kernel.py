@@ -41,8 +41,7 @@ def is_native(x: Tensor) -> bool:
 
 
 def _torch_is_faster(x: Tensor, part: PackedTensor) -> TypeGuard[GGMLTensor]:
-    known = isinstance(part, GGMLTensor) and ik_kernel.reads(part)
-    return is_native(x) and known and wide_rows.takes(len(x), part)
+    return is_native(x) and isinstance(part, GGMLTensor) and ik_kernel.reads(part) and wide_rows.takes(len(x), part)
 
 
 def gather(ids: Tensor, table: PackedTensor) -> Tensor:

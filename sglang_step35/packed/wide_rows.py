@@ -20,7 +20,7 @@ from sglang_step35.packed.ik_weights import operand, place
 FEWEST = 512  # tokens: unpacking takes a tenth of the time of their product
 AT_ONCE = 1 << 22  # weights, 8 MB that are still in a cache when torch reads them
 PAD = 32  # columns: rows 8 KB apart would share a set of the cache
-SIDE = 16  # rows of weights that are unpacked together
+SIDE = 2 * amx_rows.AT_ONCE  # rows of weights that are unpacked together
 _BF16 = TYPES["BF16"]
 
 
@@ -68,15 +68,15 @@ class _Unpack:
 
         weights = operand(library, kind, columns, count)
         out = library.callback(unpacker(kind), None, (columns, count), weights, kind=_BF16.number)
-        set_strides(out.contents, _BF16.size * (columns + PAD), _BF16.size * (columns + PAD) * count)
+        row = _BF16.size * (columns + PAD)
+        set_strides(out.contents, row, row * count)
         self.graph = Graph(library, (out,), threads)
-        self.weights, self.out, self.memory, self.shape = weights.contents, out.contents, library.rows, (count, columns)
+        self.weights, self.out, self.memory = weights.contents, out.contents, library.rows
 
     def run(self, part: GGMLTensor) -> Tensor:
         place(self.weights, part)
-        count, columns = self.shape
-        line = columns + PAD
-        found = self.memory.bytes(_BF16.size * count * line).view(torch.bfloat16).view(count, line)
+        count, columns = part.shape
+        found = self.memory.bytes(self.out.nb[2]).view(torch.bfloat16).view(count, columns + PAD)
         self.out.data = found.data_ptr()
         self.graph.run()
         return found[:, :columns]
